@@ -1,0 +1,1 @@
+"""Quantization arithmetic: primitives, kernels and their references. Imports only torch."""

@@ -1,0 +1,258 @@
+"""What a low-precision method is: the Transform interface, its configuration and what it is told each step."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
+
+import torch
+from pydantic import ConfigDict
+from torch import nn
+from torch.optim import Optimizer
+from torchao.core.config import AOBaseConfig
+from torchao.quantization import quantize_
+from torchao.quantization.transform_module import register_quantize_module_handler
+
+from qrecipes.errors import ConfigError
+
+if TYPE_CHECKING:
+    from qrecipes.config.run import Run
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformConfig(AOBaseConfig):
+    """Keys that every method's TOML table has; each method's own dataclass adds its keys.
+
+    It is also a torchao configuration: `torchao.quantization.quantize_(model, config)` replaces layers as
+    `Chain.swap` does. There `filter_fn` alone selects layers, and `targets` and `skip` are not read.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+    targets: tuple[str, ...] = ("*",)
+    """Fully qualified names of the layers to change, as shell patterns in which `*` also matches dots."""
+    skip: tuple[str, ...] = ("output", "head", "*.output", "*.head")
+    """Layers to leave alone, in the same patterns; wins over `targets`."""
+
+    def reason_to_skip(self, fqn: str) -> str | None:
+        """Why the layer called `fqn` is left alone by name, or None where it is selected."""
+        for pattern in self.skip:
+            if fnmatchcase(fqn, pattern):
+                return f"skip pattern {pattern!r}"
+        if not any(fnmatchcase(fqn, pattern) for pattern in self.targets):
+            return "no target pattern matches"
+        return None
+
+
+@dataclass
+class ParamGroup:
+    """Parameters that a method owns and trains, with their own optimizer settings."""
+
+    name: str
+    params: list[nn.Parameter]
+    lr_scale: float = 1.0
+    """Times the run's learning rate."""
+    weight_decay: float | None = None
+    """None: the run's."""
+
+
+@dataclass
+class StepContext:
+    """What a method's hooks know of the optimizer step at hand, and may ask of it."""
+
+    step: int
+    """Optimizer step, from 0."""
+    model: nn.Module
+    optimizer: Optimizer
+    skip_update: bool = False
+    """Set by a hook to leave out this step's update: zero gradients would still move AdamW."""
+    state_to_reset: list[nn.Parameter] = field(default_factory=list)
+    """Parameters whose optimizer state is forgotten before the update."""
+
+    def apply_requests(self) -> None:
+        """Forget the optimizer state of `state_to_reset`."""
+        for parameter in self.state_to_reset:
+            self.optimizer.state.pop(parameter, None)
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What the probe holds a swapped layer to: the least SQNR, in dB, against the original layer.
+
+    A product with a number must also differ from the original in at least one bit. None says that the method leaves
+    that product alone, or that there is none (a frozen weight has no gradient); it is not compared.
+    """
+
+    output: float | None
+    grad_input: float | None
+    grad_weight: float | None
+
+
+C = TypeVar("C", bound=TransformConfig)
+
+
+class Transform(abc.ABC, Generic[C]):
+    """check -> swap -> param_groups -> (before_step, after_backward)* -> finalize.
+
+    Hooks are functions of (step, parameters). A transform keeps no counter, so a resumed run repeats an unbroken one
+    bit for bit.
+    """
+
+    name: ClassVar[str]
+    """Name in TOML, set by `register`."""
+    Config: ClassVar[type[TransformConfig]]
+    """The frozen dataclass of its TOML table."""
+    sqnr_floor_db: ClassVar[float]
+    """Least SQNR of a tiny model's output after `swap` against before, in dB."""
+    finalize_floor_db: ClassVar[float] = 80.0
+    """Least SQNR of the output after `finalize` against before, in float32, in dB."""
+    parity_rtol: ClassVar[float] = 1e-3
+    """Relative difference of losses allowed between one process and FSDP2, and between one batch and several
+    micro-batches; a looser value states its reason."""
+
+    def __init__(self, config: C) -> None:
+        self.config = config
+
+    @property
+    def freezes_rest(self) -> bool:
+        """Whether parameters that no transform owns stop training."""
+        return True
+
+    def check(self, run: Run) -> None:
+        """Raise ConfigError where the run contradicts the method; called before a model is built."""
+
+    @abc.abstractmethod
+    def sites(self, model: nn.Module) -> dict[str, nn.Module]:
+        """Modules of the unchanged model that `swap` will replace, by fully qualified name."""
+
+    @abc.abstractmethod
+    def swap(self, model: nn.Module) -> nn.Module:
+        """Change the model, in place where possible; may return a new root."""
+
+    @abc.abstractmethod
+    def layers(self, model: nn.Module) -> dict[str, nn.Module]:
+        """This method's layers in a swapped model, by fully qualified name."""
+
+    @abc.abstractmethod
+    def bounds(self) -> Bounds:
+        """What the probe holds each of this method's layers to."""
+
+    def param_groups(self, model: nn.Module) -> list[ParamGroup]:
+        """Only what this method owns and trains."""
+        return []
+
+    def before_step(self, ctx: StepContext) -> None:
+        """Called before the first forward pass of an optimizer step."""
+
+    def after_backward(self, ctx: StepContext) -> None:
+        """Called after the last backward pass of an optimizer step, before clipping and the update."""
+
+    @abc.abstractmethod
+    def finalize(self, model: nn.Module) -> nn.Module:
+        """Turn this method's layers into `nn.Linear` or `QuantLinear`, in place where possible."""
+
+
+REGISTRY: dict[str, type[Transform]] = {}
+
+
+def register(name: str) -> Callable[[type[Transform]], type[Transform]]:
+    """Class decorator: make a Transform known by `name` in TOML, and to torchao's `quantize_` by its Config.
+
+    Raises:
+        ValueError: if the name is taken.
+    """
+
+    def decorate(cls: type[Transform]) -> type[Transform]:
+        if name in REGISTRY:
+            raise ValueError(f"transform {name!r} is registered twice, by {REGISTRY[name]} and {cls}")
+        cls.name = name
+        REGISTRY[name] = cls
+        if issubclass(cls, LinearTransform):
+            register_quantize_module_handler(cls.Config)(cls._replace)
+        return cls
+
+    return decorate
+
+
+def transform_for(config: TransformConfig) -> Transform:
+    """The registered Transform that `config` configures.
+
+    Raises:
+        ConfigError: if no registered method has this configuration class.
+    """
+    for cls in REGISTRY.values():
+        if cls.Config is type(config):
+            return cls(config)
+    raise ConfigError(
+        f"{type(config).__name__}: no registered transform has this configuration; registered: {', '.join(REGISTRY)}"
+    )
+
+
+class LinearTransform(Transform[C]):
+    """A method that replaces one `nn.Linear` by one layer.
+
+    A subclass names `Config` and `Layer`. `Layer.from_linear(linear, config)` takes over the linear layer's
+    parameters, and `layer.merged()` gives the plain layer that it has become.
+    """
+
+    Layer: ClassVar[type[nn.Module]]
+
+    @classmethod
+    def _replace(cls, module: nn.Module, config: TransformConfig) -> nn.Module:
+        if type(module) is not nn.Linear:
+            raise ConfigError(
+                f"{cls.name}: {type(module).__name__} is not a plain nn.Linear; one method applies to one layer, "
+                "so leave it out with filter_fn, or with `skip` in a recipe"
+            )
+        layer = cls.Layer.from_linear(module, config)  # type: ignore[attr-defined]
+        layer.train(module.training)
+        return layer
+
+    def sites(self, model: nn.Module) -> dict[str, nn.Module]:
+        return {
+            fqn: module
+            for fqn, module in model.named_modules()
+            if type(module) is nn.Linear and self.config.reason_to_skip(fqn) is None
+        }
+
+    def swap(self, model: nn.Module) -> nn.Module:
+        chosen = self.sites(model)
+        if "" in chosen:  # the model itself is one linear layer
+            return self._replace(model, self.config)
+        quantize_(model, self.config, filter_fn=lambda module, fqn: chosen.get(fqn) is module)
+        return model
+
+    def layers(self, model: nn.Module) -> dict[str, nn.Module]:
+        return {fqn: module for fqn, module in model.named_modules() if isinstance(module, self.Layer)}
+
+    def finalize(self, model: nn.Module) -> nn.Module:
+        for fqn, layer in self.layers(model).items():
+            merged = layer.merged()  # type: ignore[operator]
+            merged.train(layer.training)
+            if not fqn:
+                return merged
+            parent, _, child = fqn.rpartition(".")
+            setattr(model.get_submodule(parent), child, merged)
+        return model
+
+
+def named_linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+    """Every linear layer of a model, plain or derived, with its fully qualified name."""
+    for fqn, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            yield fqn, module
+
+
+def parameter_bytes(module: nn.Module) -> int:
+    """Bytes of a module's own parameters and buffers, parts of tensor subclasses included."""
+    return sum(_tensor_bytes(t) for t in [*module.parameters(), *module.buffers()])
+
+
+def _tensor_bytes(tensor: torch.Tensor) -> int:
+    if hasattr(tensor, "__tensor_flatten__"):
+        names, _ = tensor.__tensor_flatten__()
+        return sum(_tensor_bytes(getattr(tensor, name)) for name in names)
+    return tensor.numel() * tensor.element_size()

@@ -1,0 +1,186 @@
+"""Many transforms as one, and what only their sum can tell: disjoint parameters, what is frozen, the receipt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from qrecipes.errors import ConfigError
+from qrecipes.transforms import probe
+from qrecipes.transforms.base import (
+    ParamGroup,
+    StepContext,
+    Transform,
+    TransformConfig,
+    named_linears,
+    parameter_bytes,
+    transform_for,
+)
+from qrecipes.transforms.receipt import LayerReceipt, Receipt
+
+if TYPE_CHECKING:
+    from qrecipes.config.run import Run
+
+
+class Chain:
+    """Transforms applied in order, with the verbs of one Transform.
+
+    >>> chain = Chain.from_configs([Int8MixedPrecisionConfig()])
+    >>> model = chain.swap(model)
+    >>> print(chain.receipt.summary())
+    >>> model = chain.finalize(model)
+    """
+
+    def __init__(self, transforms: Sequence[Transform] = ()) -> None:
+        self.transforms = tuple(transforms)
+        self._receipt: Receipt | None = None
+
+    @classmethod
+    def from_configs(cls, configs: Sequence[TransformConfig]) -> Chain:
+        """The chain of the registered transforms that `configs` configure.
+
+        Raises:
+            ConfigError: if a configuration belongs to no registered transform.
+        """
+        import qrecipes.transforms  # noqa: F401 - registers every method
+
+        return cls([transform_for(config) for config in configs])
+
+    @property
+    def receipt(self) -> Receipt:
+        """What `swap` did to every linear layer.
+
+        Raises:
+            ConfigError: before `swap`.
+        """
+        if self._receipt is None:
+            raise ConfigError("chain.receipt: there is none before chain.swap(model)")
+        return self._receipt
+
+    @property
+    def freezes_rest(self) -> bool:
+        """Whether parameters that no transform owns stop training: so if any transform says so."""
+        return any(transform.freezes_rest for transform in self.transforms)
+
+    def check(self, run: Run) -> None:
+        """Raise ConfigError where the run contradicts a transform."""
+        for transform in self.transforms:
+            transform.check(run)
+
+    def swap(
+        self, model: nn.Module, *, loss: probe.Loss | None = None, device: torch.device | None = None
+    ) -> nn.Module:
+        """Apply every transform, and probe the result where `loss` is given.
+
+        The model is changed in place where possible; use the returned one. `loss(model)` is one forward pass over
+        real data, before and after which the layers are compared, on `device` or where the model is.
+
+        Raises:
+            ConfigError: if a transform selects no layer.
+            ProbeError: if a swapped layer is bit-equal to the original or beyond its method's bounds.
+        """
+        before = [(fqn, linear, tuple(linear.weight.shape)) for fqn, linear in named_linears(model)]
+        rows = [
+            LayerReceipt(fqn, shape, None, None, parameter_bytes(linear), parameter_bytes(linear))
+            for fqn, linear, shape in before
+        ]
+        by_name = {row.fqn: row for row in rows}
+        faults: list[str] = []
+        for transform in self.transforms:
+            sites = transform.sites(model)
+            if not sites:
+                raise ConfigError(self._selected_nothing(transform, [row.fqn for row in rows]))
+            recordings = probe.record(model, sites, loss) if loss is not None else {}
+            model = transform.swap(model)
+            swapped = transform.layers(model)
+            for fqn in sites:
+                layer, row = swapped.get(fqn), by_name.get(fqn)
+                if layer is None:
+                    faults.append(f"{fqn}: selected by {transform.name}, but not replaced")
+                    continue
+                if row is not None:
+                    row.method, row.bytes_after = transform.name, parameter_bytes(layer)
+                if fqn in recordings:
+                    sqnr, found = probe.compare(
+                        fqn, transform.name, layer, transform.bounds(), recordings[fqn], device
+                    )
+                    faults += found
+                    if row is not None:
+                        row.sqnr_db = sqnr
+        self._explain(rows, dict((fqn, linear) for fqn, linear, _ in before))
+        self._receipt = Receipt(rows)
+        probe.raise_faults(faults)
+        self._freeze(model)
+        return model
+
+    @staticmethod
+    def _selected_nothing(transform: Transform, names: list[str]) -> str:
+        config = transform.config
+        some = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+        return (
+            f"transform {transform.name}: targets {list(config.targets)} less skip {list(config.skip)} select no plain "
+            f"linear layer that is still free; a transform must change at least one; the model has "
+            f"{len(names)}{': ' + some if names else ''}"
+        )
+
+    def _explain(self, rows: list[LayerReceipt], linears: dict[str, nn.Linear]) -> None:
+        for row in rows:
+            if row.method is None:
+                if type(linears[row.fqn]) is not nn.Linear:
+                    row.reason = f"{type(linears[row.fqn]).__name__} is no plain nn.Linear"
+                else:
+                    reasons = [transform.config.reason_to_skip(row.fqn) for transform in self.transforms]
+                    row.reason = "; ".join(dict.fromkeys(r for r in reasons if r)) or "no transform"
+
+    def _freeze(self, model: nn.Module) -> None:
+        if not self.freezes_rest:
+            return
+        owned = {id(p) for group in self._owned(model) for p in group.params}
+        for parameter in model.parameters():
+            if id(parameter) not in owned:
+                parameter.requires_grad_(False)
+
+    def _owned(self, model: nn.Module) -> list[ParamGroup]:
+        return [group for transform in self.transforms for group in transform.param_groups(model)]
+
+    def param_groups(self, model: nn.Module) -> list[ParamGroup]:
+        """Groups that partition the trainable parameters: the transforms' own, then `rest` where it trains.
+
+        Call it after sharding, which replaces Parameter objects.
+
+        Raises:
+            ConfigError: if two groups share a parameter.
+        """
+        groups = self._owned(model)
+        owners: dict[int, str] = {}
+        for group in groups:
+            for parameter in group.params:
+                if id(parameter) in owners:
+                    raise ConfigError(
+                        f"parameter groups {owners[id(parameter)]!r} and {group.name!r} share a parameter; "
+                        "every parameter belongs to one transform"
+                    )
+                owners[id(parameter)] = group.name
+        rest = [p for p in model.parameters() if p.requires_grad and id(p) not in owners]
+        if rest and not self.freezes_rest:
+            groups.append(ParamGroup("rest", rest))
+        return groups
+
+    def before_step(self, ctx: StepContext) -> None:
+        """Call every transform's hook, in order."""
+        for transform in self.transforms:
+            transform.before_step(ctx)
+
+    def after_backward(self, ctx: StepContext) -> None:
+        """Call every transform's hook, in order."""
+        for transform in self.transforms:
+            transform.after_backward(ctx)
+
+    def finalize(self, model: nn.Module) -> nn.Module:
+        """Turn every swapped layer into `nn.Linear` or `QuantLinear`, last transform first; a second call is no-op."""
+        for transform in reversed(self.transforms):
+            model = transform.finalize(model)
+        return model

@@ -1,0 +1,158 @@
+"""The probe: proof, on real activations, that swapped layers do what their method says.
+
+Before a swap, one forward and backward pass of the model records a few rows of every chosen layer's input and output
+gradient, and what the original layer makes of them. After the swap each new layer is given the same rows. A product
+that the method changes must differ from the original's and stay within the method's bound.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from qrecipes.errors import ProbeError
+from qrecipes.quant.primitives import sqnr_db
+from qrecipes.transforms.base import Bounds
+
+ROWS = 128
+"""Rows of input (tokens) recorded for each layer, evenly spaced over the batch."""
+WEIGHT_ROWS = 128
+"""Rows of the weight's gradient that are compared, evenly spaced; the whole gradient of every layer would be as large
+as the model."""
+
+Loss = Callable[[nn.Module], Tensor]
+
+
+class Products(NamedTuple):
+    """The three products of a linear layer on the recorded rows; the last holds some rows of the weight's gradient."""
+
+    output: Tensor
+    grad_input: Tensor
+    grad_weight: Tensor | None
+
+
+@dataclass
+class Recording:
+    """Rows that passed through one layer, and what the original layer made of them; held on the CPU."""
+
+    x: Tensor
+    grad_output: Tensor
+    products: Products
+
+
+def record(model: nn.Module, sites: dict[str, nn.Module], loss: Loss) -> dict[str, Recording]:
+    """Run `loss(model)` forward and backward once and record every site that took part.
+
+    Parameters get no gradients, and the random state is put back. Sites that the loss does not reach are absent from
+    the result.
+    """
+    rows: dict[str, tuple[Tensor, Tensor]] = {}
+    trained = [p for p in model.parameters() if p.requires_grad]
+    hooks = [site.register_forward_hook(_recorder(fqn, rows)) for fqn, site in sites.items()]
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    try:
+        with torch.random.fork_rng(devices=list(devices)):
+            for parameter in trained:
+                parameter.requires_grad_(False)  # the recorders start the graph at the first layer's output
+            loss(model).backward()
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for parameter in trained:
+            parameter.requires_grad_(True)
+    return {
+        fqn: Recording(x.cpu(), grad.cpu(), _to_cpu(layer_products(sites[fqn], x, grad)))
+        for fqn, (x, grad) in rows.items()
+    }
+
+
+def _recorder(fqn: str, rows: dict[str, tuple[Tensor, Tensor]]) -> Callable[[nn.Module, tuple, Tensor], None]:
+    def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
+        if not output.requires_grad:
+            output.requires_grad_(True)
+        x = _some_rows(args[0].detach().flatten(0, -2), ROWS)
+
+        def keep(grad: Tensor) -> None:
+            grad_rows = _some_rows(grad.detach().flatten(0, -2), ROWS)
+            if not grad_rows.any():  # behind a zero-initialized layer nothing could differ
+                grad_rows = torch.randn_like(grad_rows)
+            rows[fqn] = (x, grad_rows)
+
+        output.register_hook(keep)
+
+    return hook
+
+
+def _some_rows(matrix: Tensor, most: int) -> Tensor:
+    if matrix.shape[0] <= most:
+        return matrix.clone()
+    chosen = torch.linspace(0, matrix.shape[0] - 1, most, device=matrix.device).long()
+    return matrix[chosen]
+
+
+def layer_products(layer: nn.Module, x: Tensor, grad_output: Tensor) -> Products:
+    """What `layer` makes of rows x [M, K] and grad_output [M, N]; the weight's part only where `layer.weight` trains."""
+    x = x.detach().requires_grad_(True)
+    weight = getattr(layer, "weight", None)
+    trains = isinstance(weight, nn.Parameter) and weight.requires_grad
+    with torch.enable_grad():
+        output = layer(x)
+        wanted = [x, weight] if trains else [x]
+        grads = torch.autograd.grad(output, wanted, grad_output)
+    grad_weight = _some_rows(grads[1].detach(), WEIGHT_ROWS) if trains else None
+    return Products(output.detach(), grads[0].detach(), grad_weight)
+
+
+def _to_cpu(products: Products) -> Products:
+    return Products(*(None if t is None else t.cpu() for t in products))  # type: ignore[arg-type]
+
+
+def compare(
+    fqn: str, method: str, layer: nn.Module, bounds: Bounds, recording: Recording, device: torch.device | None = None
+) -> tuple[dict[str, float], list[str]]:
+    """SQNR in dB of each product the method changes, and what is wrong with them.
+
+    The layer is moved to `device` meanwhile, so that a model built on the CPU is probed with the kernels it will
+    train with.
+    """
+    home = next((t.device for t in [*layer.parameters(), *layer.buffers()]), torch.device("cpu"))
+    device = device or home
+    layer.to(device)
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        found = _to_cpu(layer_products(layer, recording.x.to(device), recording.grad_output.to(device)))
+    layer.to(home)
+    sqnr, faults = {}, []
+    for product in Products._fields:
+        floor = getattr(bounds, product)
+        if floor is None:
+            continue
+        ours, original = getattr(found, product), getattr(recording.products, product)
+        if ours is None or original is None:
+            faults.append(f"{fqn}: {method} promises a {product}, but the layer's weight gets no gradient")
+            continue
+        db = sqnr_db(original, ours)
+        if torch.equal(ours, original):
+            faults.append(f"{fqn}: {product} is bit-equal to the original layer's: {method} is not on")
+        elif math.isnan(db) or db < floor:
+            faults.append(f"{fqn}: {product} has an SQNR of {db:.1f} dB; {method} allows no less than {floor:.1f} dB")
+        else:
+            sqnr[product] = round(db, 2)
+    return sqnr, faults
+
+
+def raise_faults(faults: list[str], most: int = 5) -> None:
+    """Raise ProbeError with the first few of `faults`, if there are any."""
+    if not faults:
+        return
+    shown = "\n  ".join(faults[:most])
+    more = f"\n  and {len(faults) - most} more" if len(faults) > most else ""
+    raise ProbeError(
+        f"the probe refused {len(faults)} products of swapped layers:\n  {shown}{more}\n"
+        "a layer whose inputs are too spread for the method can be left out with `skip`"
+    )

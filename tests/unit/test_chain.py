@@ -1,0 +1,208 @@
+"""Chains, receipts and the probe, with methods made for the test."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from qrecipes.errors import ConfigError, ProbeError
+from qrecipes.transforms.base import REGISTRY, Bounds, LinearTransform, ParamGroup, TransformConfig, register
+from qrecipes.transforms.chain import Chain
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoisyConfig(TransformConfig):
+    """A method whose noise can be chosen."""
+
+    noise: float = 1e-2
+
+
+class NoisyLinear(nn.Linear):
+    """Adds a fixed relative error to the output and, through it, to both gradients."""
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, config: NoisyConfig) -> NoisyLinear:
+        layer = cls(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
+        layer.weight, layer.bias, layer.noise = linear.weight, linear.bias, config.noise
+        return layer
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weight, self.bias) * (1 + self.noise)
+
+    def merged(self) -> nn.Linear:
+        linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
+        linear.weight, linear.bias = self.weight, self.bias
+        return linear
+
+
+class Noisy(LinearTransform[NoisyConfig]):
+    Config = NoisyConfig
+    Layer = NoisyLinear
+    sqnr_floor_db = 30.0
+
+    @property
+    def freezes_rest(self) -> bool:
+        return False
+
+    def bounds(self) -> Bounds:
+        return Bounds(output=30.0, grad_input=30.0, grad_weight=30.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwningConfig(TransformConfig):
+    """A method that owns its weights and freezes the rest."""
+
+
+class OwningLinear(NoisyLinear):
+    """As NoisyLinear; owned."""
+
+
+class Owning(LinearTransform[OwningConfig]):
+    Config = OwningConfig
+    Layer = OwningLinear
+    sqnr_floor_db = 30.0
+
+    def bounds(self) -> Bounds:
+        return Bounds(output=None, grad_input=None, grad_weight=None)
+
+    def param_groups(self, model: nn.Module) -> list[ParamGroup]:
+        return [ParamGroup("owned", [layer.weight for layer in self.layers(model).values()])]
+
+
+OwningLinear.from_linear = classmethod(  # its config has no noise
+    lambda cls, linear, config: NoisyLinear.from_linear.__func__(cls, linear, NoisyConfig())
+)
+
+
+@pytest.fixture(autouse=True)
+def _registered():
+    register("noisy")(Noisy)
+    register("owning")(Owning)
+    yield
+    del REGISTRY["noisy"], REGISTRY["owning"]
+
+
+def small_model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 8), nn.LayerNorm(8), nn.Linear(8, 4))
+
+
+def loss(model: nn.Module) -> torch.Tensor:
+    x = torch.randn(40, 16, generator=torch.Generator().manual_seed(1))
+    return model(x).square().sum()
+
+
+def test_receipt_tells_each_layer_and_why():
+    chain = Chain.from_configs([NoisyConfig(targets=("0", "2"), skip=("2",))])
+    chain.swap(small_model())
+    rows = {row.fqn: (row.method, row.reason, row.shape, row.bytes_before) for row in chain.receipt.layers}
+    assert rows == {
+        "0": ("noisy", None, (32, 16), (32 * 16 + 32) * 4),
+        "2": (None, "skip pattern '2'", (8, 32), (8 * 32 + 8) * 4),
+        "4": (None, "no target pattern matches", (4, 8), (4 * 8 + 4) * 4),
+    }
+    assert chain.receipt.summary().startswith("noisy: 1 of 3 linear layers, 512 weights, 0.00 MB -> 0.00 MB")
+
+
+def test_two_methods_share_a_model_not_a_layer():
+    chain = Chain.from_configs([NoisyConfig(targets=("0",)), OwningConfig()])
+    model = chain.swap(small_model())
+    assert [row.method for row in chain.receipt.layers] == ["noisy", "owning", "owning"]
+    assert [type(m) for m in chain.finalize(model) if isinstance(m, nn.Linear)] == [nn.Linear] * 3
+
+
+def test_rest_is_frozen_if_any_member_says_so():
+    chain = Chain.from_configs([NoisyConfig(targets=("0",)), OwningConfig(targets=("2",))])
+    model = chain.swap(small_model())
+    assert [n for n, p in model.named_parameters() if p.requires_grad] == ["2.weight"]
+    assert [(g.name, len(g.params)) for g in chain.param_groups(model)] == [("owned", 1)]
+
+
+def test_rest_trains_where_nobody_freezes_it():
+    chain = Chain.from_configs([NoisyConfig()])
+    model = chain.swap(small_model())
+    (group,) = chain.param_groups(model)
+    assert (group.name, len(group.params)) == ("rest", len(list(model.parameters())))
+
+
+def test_parameters_shared_by_two_groups_are_an_error():
+    chain = Chain.from_configs([OwningConfig()])
+    model = chain.swap(small_model())
+    chain.transforms = chain.transforms * 2
+    with pytest.raises(ConfigError, match="'owned' and 'owned' share a parameter"):
+        chain.param_groups(model)
+
+
+def test_an_unregistered_configuration_is_named():
+    with pytest.raises(ConfigError, match="TransformConfig: no registered transform"):
+        Chain.from_configs([TransformConfig()])
+
+
+def test_receipt_before_swap_is_an_error():
+    with pytest.raises(ConfigError, match=r"before chain\.swap"):
+        Chain().receipt  # noqa: B018
+
+
+def test_a_name_is_registered_once():
+    with pytest.raises(ValueError, match="'noisy' is registered twice"):
+        register("noisy")(Owning)
+
+
+def test_a_model_that_is_one_layer_is_replaced_itself():
+    chain = Chain.from_configs([NoisyConfig()])
+    model = chain.swap(nn.Linear(4, 4))
+    assert isinstance(model, NoisyLinear)
+    assert type(chain.finalize(model)) is nn.Linear
+
+
+def test_probe_finds_the_noise():
+    chain = Chain.from_configs([NoisyConfig(noise=1e-2)])
+    chain.swap(small_model(), loss=loss)
+    for row in chain.receipt.layers:
+        # the output carries a relative error of 1e-2, which is 40 dB; the gradients carry the same factor
+        assert row.sqnr_db == pytest.approx({"output": 40, "grad_input": 40, "grad_weight": 40}, abs=0.1)
+
+
+def test_probe_refuses_noise_beyond_the_bound():
+    with pytest.raises(ProbeError, match=r"0: output has an SQNR of 20\.0 dB; noisy allows no less than 30\.0 dB"):
+        Chain.from_configs([NoisyConfig(noise=0.1)]).swap(small_model(), loss=loss)
+
+
+def test_probe_refuses_a_layer_that_changes_nothing():
+    with pytest.raises(ProbeError, match="0: output is bit-equal to the original layer's: noisy is not on"):
+        Chain.from_configs([NoisyConfig(noise=0.0)]).swap(small_model(), loss=loss)
+
+
+def test_probe_refuses_nan():
+    with pytest.raises(ProbeError, match="SQNR of (nan|-inf) dB"):
+        Chain.from_configs([NoisyConfig(noise=float("nan"))]).swap(small_model(), loss=loss)
+
+
+def test_probe_leaves_no_trace():
+    """No gradients, no hooks, and the random state as it was."""
+    model = small_model()
+    state = torch.get_rng_state()
+    chain = Chain.from_configs([NoisyConfig()])
+    model = chain.swap(model, loss=lambda m: loss(m) + torch.rand(()))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_probe_works_behind_a_zero_initialized_layer():
+    """There the recorded gradient is zero, and anything times zero is bit-equal."""
+    model = small_model()
+    nn.init.zeros_(model[4].weight)
+    Chain.from_configs([NoisyConfig(skip=("4",))]).swap(model, loss=loss)
+
+
+def test_a_layer_with_a_method_is_not_replaced_by_torchao_again():
+    from torchao.quantization import quantize_
+
+    model = Chain.from_configs([NoisyConfig()]).swap(small_model())
+    with pytest.raises(ConfigError, match="NoisyLinear is not a plain nn.Linear"):
+        quantize_(model, NoisyConfig())
