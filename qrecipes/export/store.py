@@ -1,0 +1,195 @@
+"""Finished models on disk: safetensors, a manifest, and the run they came from.
+
+An export is a folder that needs nothing else: `model.safetensors` with the finalized model's tensors, `manifest.json`
+with what they are, `run.toml` with how they came about, and the tokenizer's files. Loading replays build, swap and
+finalize on an empty model and assigns the stored tensors, so every method's export reloads by the same code. Where
+the weights came from a Hugging Face folder, `huggingface/` beside it is one that transformers loads.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from qrecipes.config.run import Run
+from qrecipes.data.tokenizers import load_tokenizer
+from qrecipes.errors import ExportError
+from qrecipes.models.build import build, resolve_dtype
+from qrecipes.models.weights import save_huggingface
+from qrecipes.parallel.process import Process
+from qrecipes.training import checkpoint
+from qrecipes.training.output import RUN_FILE, read_run
+from qrecipes.config import parse
+from qrecipes.transforms.chain import Chain
+
+FORMAT = 1
+MANIFEST, TENSORS = "manifest.json", "model.safetensors"
+_ALONE = Process(0, 1, torch.device("cpu"), None)
+
+
+def load_run(
+    output: str | Path, *, step: int | None = None, device: str | torch.device = "cpu"
+) -> tuple[nn.Module, Run]:
+    """The finalized model of a run's newest checkpoint, or of the one after `step` steps, in evaluation mode.
+
+    Raises:
+        ConfigError: if `output` is no run folder.
+        ExportError: if there is no such checkpoint.
+        CheckpointError: if it is damaged.
+    """
+    output = Path(output)
+    run = read_run(output)
+    available = checkpoint.list_checkpoints(output)
+    wanted = available[-1:] if step is None else [p for p in available if p == checkpoint.folder_of(output, step)]
+    if not wanted:
+        known = ", ".join(p.name for p in available) or "none"
+        raise ExportError(f"{output}: has no checkpoint{'' if step is None else f' of step {step}'}; it has: {known}")
+    checkpoint.read_state(wanted[0])
+    dtype = _stored_dtype(wanted[0] / checkpoint.MODEL)
+    model = build(run.model, dtype=dtype, device=device)
+    chain = Chain.from_configs(run.transform)
+    model = chain.swap(model)
+    checkpoint.load_model(wanted[0], model, _ALONE)
+    return chain.finalize(model).eval(), run
+
+
+def _stored_dtype(path: Path) -> torch.dtype:
+    """The type of a checkpoint's parameters: bfloat16 if any tensor has it, since buffers stay float32."""
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        types = {file.get_slice(name).get_dtype() for name in file.keys()}
+    return torch.bfloat16 if "BF16" in types else torch.float32
+
+
+def save(model: nn.Module, run: Run, destination: str | Path) -> Path:
+    """Write a finalized model as an export.
+
+    Raises:
+        ExportError: if the folder exists and is no export, or cannot be written.
+    """
+    destination = Path(destination)
+    if destination.exists() and any(destination.iterdir()) and not (destination / MANIFEST).is_file():
+        raise ExportError(f"{destination}: exists and is no export; give another --output, or remove it")
+    partial = destination.with_name(destination.name + ".partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
+        save_file(tensors, partial / TENSORS, metadata={"format": "pt"})
+        (partial / RUN_FILE).write_text(parse.dump(run), encoding="utf-8")
+        if run.tokenizer is not None:
+            for file in load_tokenizer(run.tokenizer).files:
+                shutil.copyfile(file, partial / file.name)
+        manifest = _manifest(model, run, tensors, partial)
+        (partial / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+        shutil.rmtree(destination, ignore_errors=True)
+        partial.rename(destination)
+    except (OSError, SafetensorError) as error:
+        raise ExportError(f"{destination}: cannot be written: {error}; give another --output") from error
+    return destination
+
+
+def _manifest(model: nn.Module, run: Run, tensors: dict[str, torch.Tensor], folder: Path) -> dict[str, Any]:
+    layers = {fqn: type(m).__name__ for fqn, m in model.named_modules() if hasattr(m, "in_features")}
+    return {
+        "format": FORMAT,
+        "written_by": f"qrecipes {metadata.version('qrecipes')}, torch {torch.__version__}",
+        "model": {"source": run.model.source, "args": run.model.args},
+        "parameter_dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+        "parameters": sum(t.numel() for t in tensors.values()),
+        "bytes": sum(t.numel() * t.element_size() for t in tensors.values()),
+        "transforms": sorted({type(config).__name__ for config in run.transform}),
+        "linear_layers": {kind: list(layers.values()).count(kind) for kind in sorted(set(layers.values()))},
+        "sha256": {TENSORS: hashlib.sha256((folder / TENSORS).read_bytes()).hexdigest()},
+    }
+
+
+def load_export(path: str | Path, *, device: str | torch.device = "cpu") -> nn.Module:
+    """The model of an export, in evaluation mode: on the same device, its outputs are the exported model's to the bit.
+
+    Raises:
+        ExportError: if the folder is no export, or is damaged.
+    """
+    model, _ = load_export_and_run(path, device=device)
+    return model
+
+
+def load_export_and_run(path: str | Path, *, device: str | torch.device = "cpu") -> tuple[nn.Module, Run]:
+    """`load_export`, and the run that the export came from."""
+    folder = Path(path)
+    manifest = _read_manifest(folder)
+    run = read_run(folder)
+    try:
+        tensors = load_file(folder / TENSORS, device=str(device))
+    except (OSError, SafetensorError) as error:
+        raise ExportError(f"{folder / TENSORS}: cannot be read: {error}; export again") from error
+    digest = hashlib.sha256((folder / TENSORS).read_bytes()).hexdigest()
+    if digest != manifest["sha256"][TENSORS]:
+        raise ExportError(f"{folder / TENSORS}: was changed since it was written (its SHA-256 differs); export again")
+    model = build(run.model, dtype=getattr(torch, manifest["parameter_dtype"]), device=device)
+    chain = Chain.from_configs(run.transform)
+    model = chain.finalize(chain.swap(model))
+    model.load_state_dict(tensors, assign=True)
+    return model.eval(), run
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        version = manifest["format"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ExportError(f"{folder}: is no export: {MANIFEST} cannot be read ({error})") from error
+    if version != FORMAT:
+        raise ExportError(
+            f"{folder}: has export format {version}; this version reads {FORMAT}; use the version of qrecipes that "
+            f"wrote it ({manifest.get('written_by', 'unknown')})"
+        )
+    return manifest
+
+
+def export_run(
+    output: str | Path,
+    destination: str | Path | None = None,
+    *,
+    step: int | None = None,
+    huggingface: bool = True,
+) -> list[Path]:
+    """Export a run's newest checkpoint, or the one after `step` steps, and check that it reloads bit for bit.
+
+    Writes `destination` (default `output/export`) and, where the weights came from a Hugging Face folder and
+    `huggingface` is true, `destination/huggingface`.
+
+    Raises:
+        ExportError: if there is nothing to export, or the reloaded tensors differ.
+    """
+    destination = Path(destination) if destination is not None else Path(output) / "export"
+    model, run = load_run(output, step=step)
+    written = [save(model, run, destination)]
+    reloaded = load_export(destination).state_dict()
+    for name, tensor in model.state_dict().items():
+        if not torch.equal(reloaded[name], tensor):
+            raise ExportError(f"{destination}: {name} differs after reloading; this is a fault of the exporter")
+    if huggingface and run.model.weights is not None:
+        source = huggingface_source(run.model.weights)
+        if source is not None:
+            save_huggingface(model, source, destination / "huggingface")
+            written.append(destination / "huggingface")
+    return written
+
+
+def huggingface_source(weights: str) -> Path | None:
+    """The folder with config.json that `model.weights` names, or None where it is another kind of weights."""
+    from qrecipes.assets import resolve
+
+    folder = resolve(weights)
+    return folder if (folder / "config.json").is_file() else None

@@ -1,0 +1,1 @@
+"""Processes, sharding, compilation and activation checkpointing."""

@@ -1,0 +1,51 @@
+"""Activation checkpointing, then compilation, then FSDP2, block by block.
+
+The order matters: a compiled block contains its recomputation, and FSDP2 gathers and frees around the compiled block.
+Nothing is wrapped, so names in state dicts stay those of the builder.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.utils.checkpoint import checkpoint
+
+from qrecipes.models.view import block_sites
+
+if TYPE_CHECKING:
+    from qrecipes.config.run import ParallelSection
+    from qrecipes.parallel.process import Process
+
+
+def parallelize(model: nn.Module, parallel: ParallelSection, process: Process) -> nn.Module:
+    """Make `model` recompute, compile and shard as asked, in place. Sharding replaces its Parameter objects."""
+    blocks = [site.block for site in block_sites(model)]
+    every = {"none": 0, "full": 1, "selective": parallel.selective_every}[parallel.checkpointing]
+    if every:
+        for block in blocks[::every]:
+            recompute(block)
+    if parallel.compile:
+        for block in blocks:
+            block.compile()
+    if process.mesh is not None:
+        shard(model, blocks, parallel, process)
+    return model
+
+
+def recompute(block: nn.Module) -> None:
+    """Keep only the block's inputs for the backward pass, in which its forward runs a second time."""
+    block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
+
+
+def shard(model: nn.Module, blocks: list[nn.Module], parallel: ParallelSection, process: Process) -> None:
+    """FSDP2: one group a block, and one for what is outside them (a tied embedding must stay with the head)."""
+    policy = MixedPrecisionPolicy(reduce_dtype=getattr(torch, parallel.reduce_dtype))
+    for block in blocks:
+        fully_shard(
+            block, mesh=process.mesh, mp_policy=policy, reshard_after_forward=parallel.reshard_after_forward
+        )
+    fully_shard(model, mesh=process.mesh, mp_policy=policy)

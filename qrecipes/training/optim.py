@@ -1,0 +1,97 @@
+"""Parameter groups to an optimizer, and the learning rate as a function of the step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.optim import SGD, AdamW, Optimizer
+
+from qrecipes import compat
+from qrecipes.errors import ConfigError
+from qrecipes.transforms.base import ParamGroup
+
+if TYPE_CHECKING:
+    from qrecipes.config.run import OptimSection, ScheduleSection
+
+
+def build_optimizer(groups: Sequence[ParamGroup], optim: OptimSection) -> Optimizer:
+    """The optimizer of `groups`. Vectors (norms, biases) are never decayed, whatever the run's weight decay.
+
+    Raises:
+        ConfigError: if there is nothing to train.
+    """
+    settings = [setting for group in groups for setting in _settings(group, optim)]
+    if not settings:
+        raise ConfigError("nothing trains: no transform owns a trainable parameter, and the rest is frozen")
+    return OPTIMIZERS[optim.name](settings, optim)
+
+
+def _settings(group: ParamGroup, optim: OptimSection) -> list[dict[str, Any]]:
+    common = {"lr": optim.lr * group.lr_scale, "lr_scale": group.lr_scale}
+    if group.weight_decay is not None:
+        return [{"params": group.params, "name": group.name, "weight_decay": group.weight_decay, **common}]
+    matrices = [p for p in group.params if p.ndim >= 2]
+    vectors = [p for p in group.params if p.ndim < 2]
+    return [
+        {"params": params, "name": name, "weight_decay": decay, **common}
+        for params, name, decay in (
+            (matrices, group.name, optim.weight_decay),
+            (vectors, f"{group.name}/undecayed", 0.0),
+        )
+        if params
+    ]
+
+
+def _fused(settings: list[dict[str, Any]], optim: OptimSection) -> bool:
+    return optim.fused and all(p.is_cuda for setting in settings for p in setting["params"])
+
+
+def _adamw(settings: list[dict[str, Any]], optim: OptimSection) -> Optimizer:
+    fused = _fused(settings, optim)
+    return AdamW(settings, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=fused)
+
+
+def _adamw8bit(settings: list[dict[str, Any]], optim: OptimSection) -> Optimizer:
+    compat.repair_low_bit_optimizers()
+    compat.disable_autograd_cache()
+    from torchao.optim import AdamW8bit
+
+    for setting in settings:  # a tensor, so that a new learning rate does not compile the step anew
+        setting["lr"] = torch.tensor(setting["lr"], dtype=torch.float32)
+    return AdamW8bit(settings, lr=optim.lr, betas=optim.betas, eps=optim.eps)
+
+
+def _sgd(settings: list[dict[str, Any]], optim: OptimSection) -> Optimizer:
+    return SGD(settings, lr=optim.lr, momentum=optim.betas[0], fused=_fused(settings, optim))
+
+
+OPTIMIZERS = {"adamw": _adamw, "adamw8bit": _adamw8bit, "sgd": _sgd}
+
+
+def lr_ratio(schedule: ScheduleSection, step: int, steps: int) -> float:
+    """The learning rate of optimizer step `step`, from 0, of `steps`, as a share of the peak."""
+    if step < schedule.warmup_steps:
+        return (step + 1) / schedule.warmup_steps
+    final = schedule.final_ratio
+    if schedule.kind == "constant":
+        return 1.0
+    start = steps - schedule.decay_steps if schedule.kind == "wsd" else schedule.warmup_steps
+    if step < start:
+        return 1.0
+    progress = min((step - start + 1) / max(steps - start, 1), 1.0)
+    if schedule.kind == "cosine":
+        return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress))
+    return 1 - (1 - final) * progress
+
+
+def set_lr(optimizer: Optimizer, lr: float) -> None:
+    """Give every parameter group the learning rate `lr` times its own scale."""
+    for group in optimizer.param_groups:
+        value = lr * group["lr_scale"]
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"].fill_(value)
+        else:
+            group["lr"] = value

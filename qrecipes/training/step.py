@@ -1,0 +1,73 @@
+"""One optimizer step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from qrecipes.data import Batch
+from qrecipes.parallel.process import Process
+from qrecipes.training.task import Task
+from qrecipes.transforms.base import StepContext
+from qrecipes.transforms.chain import Chain
+
+
+@dataclass
+class StepReport:
+    """What a step found. Tensors stay on the device: reading one waits for it."""
+
+    loss: Tensor
+    """Mean over the step's targets on all ranks, before the update."""
+    grad_norm: Tensor
+    """Norm of the gradient of all trained parameters together, before clipping."""
+    targets: Tensor
+    """Tokens or images that counted, on all ranks."""
+    skipped: bool
+    """Whether a transform asked for no update."""
+
+
+def train_step(
+    model: nn.Module,
+    optimizer: Optimizer,
+    chain: Chain,
+    batches: Sequence[Batch],
+    task: Task,
+    step: int,
+    clip_norm: float,
+    process: Process,
+) -> StepReport:
+    """One optimizer step over `batches`, the micro-batches of this rank; `step` counts from 0.
+
+    Every target weighs the same, however they are spread over micro-batches and ranks.
+    """
+    ctx = StepContext(step, model, optimizer)
+    chain.before_step(ctx)
+    targets = process.sum(torch.tensor(sum(batch.count() for batch in batches)))
+    per_rank = (targets / process.world).clamp(min=1).float()  # FSDP2 averages gradients over ranks
+    loss_sum = torch.zeros((), device=process.device)
+    for batch in batches:
+        loss = task.loss(model, batch.to(process.device))
+        (loss / per_rank).backward()
+        loss_sum += loss.detach()
+    chain.after_backward(ctx)
+    grad_norm = clip_gradients(model, clip_norm)
+    ctx.apply_requests()
+    if not ctx.skip_update:
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return StepReport(process.sum(loss_sum) / targets, grad_norm, targets, ctx.skip_update)
+
+
+def clip_gradients(model: nn.Module, clip_norm: float) -> Tensor:
+    """Scale the gradients down to a norm of `clip_norm` (0: leave them) and return the norm before, on every rank."""
+    trained = [p for p in model.parameters() if p.grad is not None]
+    norm = nn.utils.get_total_norm([p.grad for p in trained])
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    if clip_norm:
+        nn.utils.clip_grads_with_norm_(trained, clip_norm, norm)
+    return norm

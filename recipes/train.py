@@ -1,0 +1,154 @@
+"""Train a model: TOML -> model -> transforms -> parallelize -> loop -> checkpoint.
+
+    qrecipes run [torchrun flags] train --config NAME_OR_PATH section.key=value ...
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+from qrecipes.cli.report import run_main
+from qrecipes.config import parse
+from qrecipes.config.run import Run
+from qrecipes.data import build_data
+from qrecipes.data.tokenizers import load_tokenizer
+from qrecipes.errors import CheckpointError, TrainingError
+from qrecipes.models.build import build, resolve_dtype
+from qrecipes.models.weights import load_pretrained
+from qrecipes.parallel import process as processes
+from qrecipes.parallel.apply import parallelize
+from qrecipes.parallel.process import Process
+from qrecipes.training import checkpoint
+from qrecipes.training.evaluate import evaluate
+from qrecipes.training.interrupt import Interruption
+from qrecipes.training.metrics import Log, environment, training_flops
+from qrecipes.training.optim import build_optimizer, lr_ratio, set_lr
+from qrecipes.training.output import prepare_output, write_identity
+from qrecipes.training.seed import seed_building, seed_running
+from qrecipes.training.step import train_step
+from qrecipes.training.task import Task
+from qrecipes.transforms.chain import Chain
+
+
+def main(argv: list[str]) -> int:
+    """Train as the configuration says; the exit status is 130 or 143 after Ctrl-C or SIGTERM."""
+    parser = argparse.ArgumentParser(prog="qrecipes run train", description=__doc__)
+    parser.add_argument("--config", required=True, help="shipped name or path of a TOML file")
+    parser.add_argument("overrides", nargs="*", help="section.key=value, values as in TOML")
+    args = parser.parse_args(argv)
+    run = parse.load(args.config, args.overrides)
+    process = processes.start(run.device)
+    try:
+        return train(run, process)
+    finally:
+        processes.stop()
+
+
+def train(run: Run, process: Process) -> int:
+    """One training run on this process."""
+    chain = Chain.from_configs(run.transform)
+    resume = checkpoint.find(run.output, run.checkpoint.resume)
+    prepare_output(run, process)
+
+    tokenizer = load_tokenizer(run.tokenizer) if run.tokenizer is not None else None
+    data, held_out = build_data(
+        run.data, tokenizer, task=run.task, seed=run.seed, rank=process.rank, world=process.world
+    )
+
+    seed_building(run.seed)
+    home = process.device if process.mesh is None else torch.device("cpu")  # sharding moves each rank's part
+    model = build(run.model, dtype=resolve_dtype(run.model, process.device), device=home)
+    task = Task(run.task, compile=run.parallel.compile)
+    task.check_fits(model, tokenizer.vocab_size if tokenizer is not None else None, data.max_token())
+    if run.model.weights is not None:
+        load_pretrained(model, run.model)
+    start = data.state_dict()
+    probe_batch = data.next_batch().rows(slice(0, 1)).to(home)
+    data.load_state_dict(start)
+    model = chain.swap(model, loss=lambda m: task.loss(m, probe_batch), device=process.device)
+    flops = training_flops(model, run.data.sequence_length)
+    model = parallelize(model, run.parallel, process)
+    model.to(process.device)
+    optimizer = build_optimizer(chain.param_groups(model), run.optim)
+    seed_running(run.seed, process.rank)
+
+    first_step = 0
+    if resume is not None:
+        first_step, data_state = checkpoint.restore(resume, run, model, optimizer, process)
+        data.load_state_dict(data_state)
+    if process.is_main:
+        write_identity(run, chain.receipt, environment(process))
+        print(chain.receipt.summary(), file=sys.stderr)
+        if resume is not None:
+            print(f"resumed from {resume}, {first_step} of {run.steps} steps done", file=sys.stderr)
+
+    last_good, signal = resume, 0
+    with Log(run, process, first_step, flops) as log, Interruption(process) as interruption:
+
+        def judge(step: int) -> None:
+            log.flush()
+            if held_out is not None:
+                log.write({"step": step} | evaluate(model, held_out, task, process, run.log.evaluate_batches))
+            log.restart_clock()
+
+        def save(step: int) -> Path:
+            log.flush()
+            path = checkpoint.save(run, step, model, optimizer, data.state_dict(), process)
+            log.restart_clock()
+            return path
+
+        model.train()
+        if first_step == 0:
+            judge(0)
+        try:
+            for step in range(first_step, run.steps):
+                lr = run.optim.lr * lr_ratio(run.schedule, step, run.steps)
+                set_lr(optimizer, lr)
+                batches = [data.next_batch() for _ in range(run.optim.accumulate)]
+                report = train_step(model, optimizer, chain, batches, task, step, run.optim.clip_norm, process)
+                done = step + 1
+                log.step(done, lr, report)
+                if run.log.evaluate_every and done % run.log.evaluate_every == 0 and done < run.steps:
+                    judge(done)
+                signal = interruption.received()
+                every = run.checkpoint.every
+                if signal or (every and done % every == 0) or done == run.steps:
+                    last_good = save(done)
+                if signal:
+                    break
+        except TrainingError as error:
+            where = f"the last good checkpoint is {last_good}" if last_good else "there is no checkpoint yet"
+            raise TrainingError(
+                f"{error}; {where}; lower optim.lr, set optim.clip_norm, or look at the data of that step"
+            ) from error
+        if not signal and first_step < run.steps:
+            judge(run.steps)
+    if signal:
+        if process.is_main:
+            print(f"stopped after step {done} of {run.steps}; run the same command again to go on", file=sys.stderr)
+        return 128 + signal
+    if first_step >= run.steps and process.is_main:
+        print(f"{run.output}: all {run.steps} steps were done before; nothing to train", file=sys.stderr)
+    if run.export.at_end:
+        if process.is_main and last_good is None:
+            raise CheckpointError(f"{run.output}: there is no checkpoint to export")
+        export_in_this_process(run, process)
+    return 0
+
+
+def export_in_this_process(run: Run, process: Process) -> None:
+    """Export the finished run as `qrecipes export` does; ranks but the first wait."""
+    from qrecipes.export.store import export_run
+
+    if process.is_main:
+        for path in export_run(Path(run.output), huggingface=run.export.huggingface):
+            print(f"exported to {path}", file=sys.stderr)
+    process.barrier()
+
+
+if __name__ == "__main__":
+    run_main(main)

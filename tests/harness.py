@@ -1,0 +1,112 @@
+"""A run taken apart, so that tests can hold each piece: the same calls as recipes/train.py, in the same order."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from qrecipes.config import parse
+from qrecipes.config.run import Run
+from qrecipes.data import Batch, TrainingData, build_training_data
+from qrecipes.models.build import build
+from qrecipes.parallel.apply import parallelize
+from qrecipes.parallel.process import Process
+from qrecipes.training.optim import build_optimizer, lr_ratio, set_lr
+from qrecipes.training.seed import seed_building, seed_running
+from qrecipes.training.step import train_step
+from qrecipes.training.task import Task
+from qrecipes.transforms import REGISTRY
+from qrecipes.transforms.chain import Chain
+
+ALONE = Process(0, 1, torch.device("cpu"), None)
+FAMILIES = ("llm", "vit")
+
+
+def methods() -> list[str]:
+    """Every registered method."""
+    return sorted(REGISTRY)
+
+
+def tiny_run(family: str, method: str | None, **changes: object) -> Run:
+    """The shipped tiny configuration of a method on a family; `changes` replace fields, `section__field` nested ones."""
+    run = parse.load(f"tiny/{family}" + (f"_{method}" if method else ""))
+    for key, value in changes.items():
+        section, _, field = key.partition("__")
+        if field:
+            value = replace(getattr(run, section), **{field: value})
+        run = replace(run, **{section: value})
+    return run
+
+
+def build_plain(run: Run, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """The run's model before any transform, from its seed."""
+    seed_building(run.seed)
+    return build(run.model, dtype=dtype)
+
+
+@dataclass
+class Trial:
+    """A run ready to step."""
+
+    run: Run
+    process: Process
+    chain: Chain
+    model: nn.Module
+    optimizer: Optimizer
+    data: TrainingData
+    task: Task
+    done: int = 0
+
+    @classmethod
+    def of(cls, run: Run, process: Process = ALONE, dtype: torch.dtype = torch.float32, probe: bool = False) -> Trial:
+        data = build_training_data(
+            run.data, None, task=run.task, seed=run.seed, rank=process.rank, world=process.world
+        )
+        model = build_plain(run, dtype)
+        task = Task(run.task)
+        chain = Chain.from_configs(run.transform)
+        batch = peek(data) if probe else None
+        model = chain.swap(model, loss=(lambda m: task.loss(m, batch)) if probe else None)
+        model = parallelize(model, run.parallel, process).to(process.device)
+        optimizer = build_optimizer(chain.param_groups(model), run.optim)
+        seed_running(run.seed, process.rank)
+        return cls(run, process, chain, model.train(), optimizer, data, task)
+
+    def advance(self, steps: int) -> list[tuple[float, float]]:
+        """Loss and gradient norm of the next `steps` optimizer steps."""
+        found = []
+        for step in range(self.done, self.done + steps):
+            set_lr(self.optimizer, self.run.optim.lr * lr_ratio(self.run.schedule, step, self.run.steps))
+            batches = [self.data.next_batch() for _ in range(self.run.optim.accumulate)]
+            report = train_step(
+                self.model, self.optimizer, self.chain, batches, self.task, step, self.run.optim.clip_norm, self.process
+            )
+            found.append((float(report.loss), float(report.grad_norm)))
+        self.done += steps
+        return found
+
+
+def peek(data: TrainingData) -> Batch:
+    """The next batch, which stays the next."""
+    state = data.state_dict()
+    batch = data.next_batch()
+    data.load_state_dict(state)
+    return batch
+
+
+def losses(found: list[tuple[float, float]]) -> list[float]:
+    """The losses of `Trial.advance`."""
+    return [loss for loss, _ in found]
+
+
+def predict(model: nn.Module, batch: Batch) -> torch.Tensor:
+    """The model's output in evaluation mode, with the random state put back."""
+    was_training = model.training
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        output = model.eval()(batch.inputs)
+    model.train(was_training)
+    return output
