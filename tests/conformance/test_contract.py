@@ -1,0 +1,228 @@
+"""The contract that every registered method keeps, on a tiny decoder and a tiny vision transformer.
+
+A method is collected from the registry, and configured by its own configs/tiny/{llm,vit}_METHOD.toml.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from harness import FAMILIES, Trial, build_plain, losses, methods, peek, predict, tiny_run
+from torch import nn
+
+from qrecipes import load_export
+from qrecipes.config.run import ParallelSection
+from qrecipes.data import build_training_data
+from qrecipes.errors import ConfigError, ProbeError
+from qrecipes.export import store
+from qrecipes.models.view import block_sites
+from qrecipes.quant.primitives import sqnr_db
+from qrecipes.training import checkpoint
+from qrecipes.transforms import REGISTRY
+from qrecipes.transforms.chain import Chain
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request):
+    if request.param == "vit":
+        pytest.importorskip("timm")
+    return request.param
+
+
+@pytest.fixture(params=methods())
+def method(request):
+    return request.param
+
+
+@pytest.fixture
+def run(family, method, tmp_path):
+    return tiny_run(family, method, output=str(tmp_path / "run"))
+
+
+def first_batch(run):
+    return peek(build_training_data(run.data, None, task=run.task, seed=run.seed, rank=0, world=1))
+
+
+def test_swap_keeps_the_function_within_the_floor(run, method):
+    batch = first_batch(run)
+    plain = build_plain(run)
+    chain = Chain.from_configs(run.transform)
+    swapped = chain.swap(copy.deepcopy(plain))
+    sqnr = sqnr_db(predict(plain, batch), predict(swapped, batch))
+    assert REGISTRY[method].sqnr_floor_db <= sqnr < float("inf")
+
+
+def test_swap_changes_only_what_it_selected(run, method):
+    plain = build_plain(run)
+    chain = Chain.from_configs(run.transform)
+    selected = set(chain.transforms[0].sites(plain))
+    before = {fqn: type(m) for fqn, m in plain.named_modules()}
+    swapped = chain.swap(plain)
+    receipt = {row.fqn: row.method for row in chain.receipt.layers}
+    assert {fqn for fqn, name in receipt.items() if name == method} == selected
+    for fqn, module in swapped.named_modules():
+        if fqn in before and not any(fqn == s or fqn.startswith(s + ".") for s in selected):
+            assert type(module) is before[fqn], fqn
+    assert all(row.reason for row in chain.receipt.layers if row.method is None)
+
+
+def test_selecting_no_layer_is_an_error(run):
+    config = replace(run.transform[0], targets=("nothing.like.this",))
+    with pytest.raises(ConfigError, match="select no plain linear layer"):
+        Chain.from_configs([config]).swap(build_plain(run))
+
+
+def test_probe_accepts_the_method(run):
+    trial = Trial.of(run, probe=True)
+    probed = [row for row in trial.chain.receipt.layers if row.method]
+    assert probed
+    assert all(row.sqnr_db for row in probed)
+
+
+def test_probe_refuses_a_method_that_does_nothing(run, method, monkeypatch):
+    """What released torchao's INT8 training does: every layer swapped, nothing changed."""
+    cls = REGISTRY[method]
+    if not hasattr(cls, "Layer"):
+        pytest.skip("the method replaces no single layers")
+    monkeypatch.setattr(cls.Layer, "forward", lambda self, x: nn.functional.linear(x, self.weight, self.bias))
+    with pytest.raises(ProbeError, match="bit-equal"):
+        Trial.of(run, probe=True)
+
+
+def test_groups_partition_the_trainable_parameters(run):
+    trial = Trial.of(run)
+    grouped = [p for g in trial.optimizer.param_groups for p in g["params"]]
+    assert len({id(p) for p in grouped}) == len(grouped)
+    assert {id(p) for p in grouped} == {id(p) for p in trial.model.parameters() if p.requires_grad}
+
+
+def test_every_trained_parameter_gets_a_gradient(run):
+    trial = Trial.of(run)
+    batch = trial.data.next_batch()
+    trial.task.loss(trial.model.train(), batch).backward()
+    trained = {name: p for name, p in trial.model.named_parameters() if p.requires_grad}
+    without = [name for name, p in trained.items() if p.grad is None or not torch.isfinite(p.grad).all()]
+    assert not without
+    assert all(p.grad is None for p in trial.model.parameters() if not p.requires_grad)
+
+
+def test_frozen_tensors_do_not_move_by_a_bit(run):
+    trial = Trial.of(run)
+    frozen = {n: p.detach().clone() for n, p in trial.model.named_parameters() if not p.requires_grad}
+    trained = {n: p.detach().clone() for n, p in trial.model.named_parameters() if p.requires_grad}
+    trial.advance(3)
+    now = dict(trial.model.named_parameters())
+    assert all(torch.equal(now[n], value) for n, value in frozen.items())
+    assert any(not torch.equal(now[n], value) for n, value in trained.items())
+
+
+def test_learns(run):
+    found = losses(Trial.of(run).advance(12))
+    assert found[-1] < found[0] - 0.05  # nats; the synthetic data are learnable from the first step
+
+
+def test_finalize_keeps_the_trained_function(run, method):
+    trial = Trial.of(run)
+    trial.advance(3)
+    batch = trial.data.next_batch()
+    before = predict(trial.model, batch)
+    final = trial.chain.finalize(trial.model)
+    assert sqnr_db(before, predict(final, batch)) >= REGISTRY[method].finalize_floor_db
+    assert not any(transform.layers(final) for transform in trial.chain.transforms)
+
+
+def test_finalize_twice_is_finalize_once(run):
+    trial = Trial.of(run)
+    trial.advance(2)
+    batch = trial.data.next_batch()
+    once = trial.chain.finalize(trial.model)
+    output = predict(once, batch)
+    assert torch.equal(output, predict(trial.chain.finalize(once), batch))
+
+
+def test_export_reloads_to_equal_outputs(run, tmp_path):
+    trial = Trial.of(run)
+    trial.advance(2)
+    batch = trial.data.next_batch()
+    final = trial.chain.finalize(trial.model)
+    folder = store.save(final, run, tmp_path / "export")
+    assert torch.equal(predict(load_export(folder), batch), predict(final, batch))
+
+
+@pytest.mark.parametrize("checkpointing", ["full", "selective"])
+def test_activation_checkpointing_changes_nothing(run, checkpointing):
+    section = replace(run.parallel, checkpointing=checkpointing, selective_every=2)
+    assert Trial.of(replace(run, parallel=section)).advance(3) == Trial.of(run).advance(3)
+
+
+def test_compiled_blocks_equal_eager_without_graph_breaks(run, method):
+    """Forward and gradients of each block under fullgraph, within float tolerance, compiled once."""
+    trial = Trial.of(run)
+    plain_loss = trial.task.loss(trial.model, peek(trial.data))
+    plain_loss.backward()
+    gradients = {n: p.grad.clone() for n, p in trial.model.named_parameters() if p.grad is not None}
+    trial.optimizer.zero_grad()
+    torch._dynamo.utils.counters.clear()
+    for site in block_sites(trial.model):
+        site.block.compile(fullgraph=True)
+    for _ in range(2):
+        trial.optimizer.zero_grad()
+        loss = trial.task.loss(trial.model, peek(trial.data))
+        loss.backward()
+    blocks = len(block_sites(trial.model))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= blocks
+    # a fused reduction rounds differently, and one ulp can move a value to the next integer of a quantized grid
+    torch.testing.assert_close(loss, plain_loss, rtol=max(2e-3, REGISTRY[method].parity_rtol), atol=0)
+    for name, parameter in trial.model.named_parameters():
+        if name in gradients:
+            assert sqnr_db(gradients[name], parameter.grad) > 25, name
+
+
+@pytest.mark.parametrize("save_at", [3, 5])
+def test_resume_is_bit_exact(run, save_at):
+    run = replace(run, steps=8)
+    unbroken = Trial.of(run).advance(8)
+    first = Trial.of(run)
+    beginning = first.advance(save_at)
+    folder = checkpoint.save(run, save_at, first.model, first.optimizer, first.data.state_dict(), first.process)
+    second = Trial.of(run)
+    second.advance(1)  # whatever state it had must be overwritten
+    second.done, position = checkpoint.restore(folder, run, second.model, second.optimizer, second.process)
+    second.data.load_state_dict(position)
+    assert beginning + second.advance(8 - save_at) == unbroken
+
+
+def test_accumulation_equals_a_larger_batch(run, method):
+    large = Trial.of(run).advance(4)
+    half = replace(
+        run, data=replace(run.data, batch_size=run.data.batch_size // 2), optim=replace(run.optim, accumulate=2)
+    )
+    small = Trial.of(half).advance(4)
+    rtol = REGISTRY[method].parity_rtol
+    torch.testing.assert_close(losses(small), losses(large), rtol=rtol, atol=0)
+
+
+def test_trains_in_bfloat16(run):
+    found = losses(Trial.of(run, dtype=torch.bfloat16).advance(12))
+    assert found[-1] < found[0]
+
+
+def test_evaluation_leaves_training_alone(run):
+    from qrecipes.data import build_validation_data
+    from qrecipes.training.evaluate import evaluate
+
+    held_out = build_validation_data(run.data, None, task=run.task, seed=run.seed, rank=0, world=1)
+    undisturbed = Trial.of(run).advance(4)
+    trial = Trial.of(run)
+    found = trial.advance(2)
+    first = evaluate(trial.model, held_out, trial.task, trial.process)
+    assert evaluate(trial.model, held_out, trial.task, trial.process) == first
+    assert found + trial.advance(2) == undisturbed
+
+
+def test_tiny_configs_compile_section_is_default(run):
+    """The contract above compares with eager: tiny configurations must not turn on compilation themselves."""
+    assert run.parallel == ParallelSection()

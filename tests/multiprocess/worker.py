@@ -1,0 +1,76 @@
+"""Run under torchrun: the losses of tiny runs on all ranks together, and what a checkpoint of them restores.
+
+    torchrun --nproc-per-node 2 worker.py OUTPUT.json DEVICE FOLDER CASE [CASE ...]
+
+A case is FAMILY:METHOD:VARIANT, METHOD empty for none. Only rank 0 writes.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from harness import Trial, tiny_run
+
+from qrecipes.parallel import process as processes
+from qrecipes.training import checkpoint
+
+STEPS = 6
+
+
+def variant(run, name: str):
+    """A tiny run with the settings that a variant stands for."""
+    parallel = {
+        "plain": {},
+        "checkpointing": {"checkpointing": "full"},
+        "compile": {"compile": True},
+        "noreshard": {"reshard_after_forward": False},
+    }.get(name, {})
+    run = replace(run, parallel=replace(run.parallel, **parallel))
+    if name == "adamw8bit":
+        run = replace(run, optim=replace(run.optim, name="adamw8bit"))
+    return run
+
+
+def halved(run, world: int):
+    """The same run with each rank's share of the batch."""
+    return replace(run, data=replace(run.data, batch_size=run.data.batch_size // world))
+
+
+def examine(case: str, process, folder: Path) -> dict:
+    """Losses of an unbroken run, and of the same run resumed in its middle."""
+    family, method, name = case.split(":")
+    output = str(folder / case.replace(":", "-"))
+    run = halved(variant(tiny_run(family, method or None, output=output, steps=STEPS), name), process.world)
+    dtype = torch.bfloat16 if name == "adamw8bit" else torch.float32
+    unbroken = Trial.of(run, process, dtype=dtype)
+    found = unbroken.advance(STEPS)
+    first = Trial.of(run, process, dtype=dtype)
+    beginning = first.advance(3)
+    saved = checkpoint.save(run, 3, first.model, first.optimizer, first.data.state_dict(), process)
+    second = Trial.of(run, process, dtype=dtype)
+    second.done, position = checkpoint.restore(saved, run, second.model, second.optimizer, process)
+    second.data.load_state_dict(position)
+    return {"unbroken": found, "resumed": beginning + second.advance(STEPS - 3)}
+
+
+def main() -> None:
+    output, device, folder, *cases = sys.argv[1:]
+    process = processes.start(device)
+    found = {}
+    for case in cases:
+        found[case] = examine(case, process, Path(folder))
+        torch._dynamo.reset()
+    if process.is_main:
+        Path(output).write_text(json.dumps(found))
+    processes.stop()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,44 @@
+"""Ctrl-C and SIGTERM finish the step, save, and end with 128 plus the signal; the run then goes on bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from qrecipes.cli.main import main
+
+CONFIG = ["--config", "tiny/llm", "steps=60", "log.progress=false"]
+
+
+def losses(folder: Path) -> dict[int, float]:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {row["step"]: row["loss"] for row in rows if "loss" in row}
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signal_saves_and_the_run_goes_on(tmp_path, number, status):
+    folder, unbroken = tmp_path / "run", tmp_path / "unbroken"
+    command = [sys.executable, "-m", "qrecipes.cli.main", "run", "train", *CONFIG, f"output={folder}"]
+    child = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not (folder / "metrics.jsonl").exists():
+        time.sleep(0.05)
+    while time.monotonic() < deadline and len(losses(folder)) < 3:
+        time.sleep(0.01)
+    child.send_signal(number)
+    _, said = child.communicate(timeout=60)
+    assert child.returncode == status, said
+    assert "finishing this step, then saving" in said
+    (saved,) = (folder / "checkpoints").iterdir()
+    assert int(saved.name.removeprefix("step_")) == max(losses(folder)) < 60
+
+    assert not main(["run", "train", *CONFIG, f"output={folder}"])
+    assert not main(["run", "train", *CONFIG, f"output={unbroken}"])
+    assert losses(folder) == losses(unbroken)
