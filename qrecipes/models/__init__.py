@@ -1,0 +1,1 @@
+"""Models: building them, loading weights into them, and looking at their parts."""
