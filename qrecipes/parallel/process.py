@@ -42,10 +42,10 @@ class Process:
         return self.sum(value) / self.world
 
     def largest(self, number: int) -> int:
-        """The largest of one integer of every rank. Waits for the device."""
+        """The largest of one integer of every rank. Over the CPU's backend, so that the device's queue runs on."""
         if self.mesh is None:
             return number
-        value = torch.tensor(number, device=self.device)
+        value = torch.tensor(number)
         dist.all_reduce(value, op=dist.ReduceOp.MAX)
         return int(value)
 

@@ -31,7 +31,7 @@ def evaluate(
             for batch in islice(batches, most or None):
                 count = batch.count()
                 batch = batch.to(process.device)
-                logits = model(batch.inputs)
+                logits = task.logits(model, batch)
                 sums[0] += cross_entropy_sum(logits, batch.targets)
                 sums[1] += task.correct(logits, batch.targets)
                 sums[2] += count

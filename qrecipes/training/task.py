@@ -56,10 +56,17 @@ class Task:
                 "that the model was made for"
             )
 
+    def logits(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The model's output on a batch that is on its device; images are cast to the type of its parameters."""
+        inputs = batch.inputs
+        if inputs.is_floating_point():
+            inputs = inputs.to(next(model.parameters()).dtype)
+        return model(inputs)
+
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Cross-entropy summed over the targets of a batch on the model's device, a float32 scalar."""
         smoothing = self.label_smoothing if model.training else 0.0
-        return self._cross_entropy(model(batch.inputs), batch.targets, smoothing)
+        return self._cross_entropy(self.logits(model, batch), batch.targets, smoothing)
 
     def correct(self, logits: Tensor, targets: Tensor) -> Tensor:
         """How many targets are the likeliest class or token; ignored targets never are."""

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from qrecipes.assets import resolve
 from qrecipes.cli.main import main
-from qrecipes.locate import shipped
+from qrecipes.cli.locate import shipped
 
 
 def complain(capfd, *arguments: str) -> tuple[int, str]:

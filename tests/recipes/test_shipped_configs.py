@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from qrecipes.config import parse
-from qrecipes.locate import shipped
+from qrecipes.cli.locate import shipped
 from qrecipes.models.build import build
 from qrecipes.transforms.chain import Chain
 
