@@ -15,7 +15,7 @@ _PUBLIC = {
     "register": "qrecipes.transforms.base",
 }
 
-__all__ = ["Chain", "__version__", "load_export", "register"]  # noqa: F822 - looked up below
+__all__ = ["Chain", "__version__", "load_export", "register"]
 
 
 def __getattr__(name: str) -> Any:

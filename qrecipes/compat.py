@@ -11,6 +11,7 @@ called.
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -41,8 +42,21 @@ class _BeforeTorchtune(MetaPathFinder):
         return find_spec(fullname)
 
 
+class _DropEnumWarning(logging.Filter):
+    """Drops what torch 2.13 and later say when torchao 0.18 registers its Enum, which a user cannot mend."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return "register_constant() on Enum" not in record.getMessage()
+
+
 def install() -> tuple[str, ...]:
-    """Arrange that the first `import torchtune` finds the torchao names it needs; does not import torch."""
+    """Arrange that the first `import torchtune` finds the torchao names it needs; does not import torch.
+
+    Also hides one warning of torchao's import.
+    """
+    logger = logging.getLogger("torch.utils._pytree")
+    if not any(isinstance(known, _DropEnumWarning) for known in logger.filters):
+        logger.addFilter(_DropEnumWarning())
     if "torchtune" in sys.modules or any(isinstance(finder, _BeforeTorchtune) for finder in sys.meta_path):
         return ()
     sys.meta_path.insert(0, _BeforeTorchtune())

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 
 class QRecipesError(Exception):
-    """Base of every error whose message is meant for the user: the command line prints it without a traceback."""
+    """Base of every error whose message is meant for the user: the command line prints it without a
+    traceback."""
 
 
 class ConfigError(QRecipesError):
@@ -12,7 +13,8 @@ class ConfigError(QRecipesError):
 
 
 class DataError(QRecipesError):
-    """Data that cannot be read or used: the message gives the file, and the row or line where there is one."""
+    """Data that cannot be read or used: the message gives the file, and the row or line where there is
+    one."""
 
 
 class WeightsError(QRecipesError):

@@ -51,7 +51,9 @@ def generate(
     beginning = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     ids = beginning + tokenizer.encode(prompt)
     if not ids:
-        raise ConfigError("prompt: is empty, and the tokenizer has no beginning-of-text token; give some text")
+        raise ConfigError(
+            "prompt: is empty, and the tokenizer has no beginning-of-text token; give some text"
+        )
     if len(ids) + max_tokens > limit:
         raise ConfigError(
             f"max_tokens: the prompt's {len(ids)} tokens and {max_tokens} more exceed the model's {limit}; "

@@ -1,6 +1,6 @@
 """Export a run: checkpoint -> finalize -> a folder that reloads bit for bit, and a Hugging Face folder.
 
-    qrecipes export RUN_FOLDER [--step N] [--output FOLDER] [--no-huggingface]
+qrecipes export RUN_FOLDER [--step N] [--output FOLDER] [--no-huggingface]
 """
 
 from __future__ import annotations

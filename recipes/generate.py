@@ -1,6 +1,6 @@
 """Continue a prompt with an exported model, or with a run's newest checkpoint.
 
-    qrecipes generate MODEL_FOLDER --prompt TEXT [--max-tokens N] [--temperature T] [--top-k K] [--seed S]
+qrecipes generate MODEL_FOLDER --prompt TEXT [--max-tokens N] [--temperature T] [--top-k K] [--seed S]
 """
 
 from __future__ import annotations
@@ -19,8 +19,12 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="qrecipes generate", description=__doc__.splitlines()[0])
     parser.add_argument("model", help="folder of an export or of a run")
     parser.add_argument("--prompt", required=True, help="text to continue")
-    parser.add_argument("--max-tokens", type=int, default=128, help="most tokens to add (default %(default)s)")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token (default %(default)s)")
+    parser.add_argument(
+        "--max-tokens", type=int, default=128, help="most tokens to add (default %(default)s)"
+    )
+    parser.add_argument(
+        "--temperature", type=float, default=0.8, help="0 takes the likeliest token (default %(default)s)"
+    )
     parser.add_argument("--top-k", type=int, help="draw from the k likeliest tokens only")
     parser.add_argument("--seed", type=int, default=0, help="seed of the draws (default %(default)s)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")

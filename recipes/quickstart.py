@@ -2,8 +2,9 @@
 
     qrecipes run quickstart [section.key=value ...]
 
-Runs `train` twice, with the configs `quickstart` (INT8) and `quickstart_baseline` (without), on whatever device is
-there, and compares held-out loss, speed and a sample of text before and after. Overrides go to both runs.
+Runs `train` twice, with the configs `quickstart` (INT8) and `quickstart_baseline` (without), on whatever
+device is there, and compares held-out loss, speed and a sample of text before and after. Overrides go to both
+runs.
 """
 
 from __future__ import annotations
@@ -17,13 +18,14 @@ from pathlib import Path
 import torch
 
 from qrecipes import load_export
-from qrecipes.cli.locate import shipped
 from qrecipes.cli.report import run_main
 from qrecipes.config import parse
 from qrecipes.config.run import Run
 from qrecipes.data.tokenizers import load_tokenizer
+from qrecipes.errors import ConfigError
 from qrecipes.export.store import load_run
 from qrecipes.generation import generate
+from qrecipes.locate import shipped
 from qrecipes.models.build import build
 from qrecipes.models.weights import load_pretrained
 
@@ -77,6 +79,8 @@ def report(runs: dict[str, Run]) -> str:
     lines += ["", json.loads(Path(first.output, "receipt.json").read_text())["summary"], ""]
 
     export = Path(first.output) / "export"
+    if first.tokenizer is None:
+        raise ConfigError("tokenizer: the quickstart writes text, and so needs one")
     tokenizer = load_tokenizer(first.tokenizer)
     original = build(first.model, dtype=torch.float32).eval()
     load_pretrained(original, first.model)

@@ -1,6 +1,6 @@
 """Train a model: TOML -> model -> transforms -> parallelize -> loop -> checkpoint.
 
-    qrecipes run [torchrun flags] train --config NAME_OR_PATH section.key=value ...
+qrecipes run [torchrun flags] train --config NAME_OR_PATH section.key=value ...
 """
 
 from __future__ import annotations
@@ -109,7 +109,9 @@ def train(run: Run, process: Process) -> int:
                 lr = run.optim.lr * lr_ratio(run.schedule, step, run.steps)
                 set_lr(optimizer, lr)
                 batches = [data.next_batch() for _ in range(run.optim.accumulate)]
-                report = train_step(model, optimizer, chain, batches, task, step, run.optim.clip_norm, process)
+                report = train_step(
+                    model, optimizer, chain, batches, task, step, run.optim.clip_norm, process
+                )
                 done = step + 1
                 log.step(done, lr, report)
                 if run.log.evaluate_every and done % run.log.evaluate_every == 0 and done < run.steps:
@@ -129,7 +131,10 @@ def train(run: Run, process: Process) -> int:
             judge(run.steps)
     if signal:
         if process.is_main:
-            print(f"stopped after step {done} of {run.steps}; run the same command again to go on", file=sys.stderr)
+            print(
+                f"stopped after step {done} of {run.steps}; run the same command again to go on",
+                file=sys.stderr,
+            )
         return 128 + signal
     if first_step >= run.steps and process.is_main:
         print(f"{run.output}: all {run.steps} steps were done before; nothing to train", file=sys.stderr)

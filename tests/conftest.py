@@ -5,8 +5,12 @@ from __future__ import annotations
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("TIKTOKEN_CACHE_DIR", "")  # tiktoken caches local files by path; a rewritten one would be stale
-os.environ.setdefault("TORCHINDUCTOR_AUTOGRAD_CACHE", "0")  # its key mixes up tensor subclasses inside DTensor
+os.environ.setdefault(
+    "TIKTOKEN_CACHE_DIR", ""
+)  # tiktoken caches local files by path; a rewritten one would be stale
+os.environ.setdefault(
+    "TORCHINDUCTOR_AUTOGRAD_CACHE", "0"
+)  # its key mixes up tensor subclasses inside DTensor
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 

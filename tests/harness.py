@@ -1,4 +1,5 @@
-"""A run taken apart, so that tests can hold each piece: the same calls as recipes/train.py, in the same order."""
+"""A run taken apart, so that tests can hold each piece: the same calls as recipes/train.py, in the same
+order."""
 
 from __future__ import annotations
 
@@ -31,7 +32,8 @@ def methods() -> list[str]:
 
 
 def tiny_run(family: str, method: str | None, **changes: object) -> Run:
-    """The shipped tiny configuration of a method on a family; `changes` replace fields, `section__field` nested ones."""
+    """The shipped tiny configuration of a method on a family; `changes` replace fields, `section__field`
+    nested ones."""
     run = parse.load(f"tiny/{family}" + (f"_{method}" if method else ""))
     for key, value in changes.items():
         section, _, field = key.partition("__")
@@ -61,7 +63,9 @@ class Trial:
     done: int = 0
 
     @classmethod
-    def of(cls, run: Run, process: Process = ALONE, dtype: torch.dtype = torch.float32, probe: bool = False) -> Trial:
+    def of(
+        cls, run: Run, process: Process = ALONE, dtype: torch.dtype = torch.float32, probe: bool = False
+    ) -> Trial:
         data = build_training_data(
             run.data, None, task=run.task, seed=run.seed, rank=process.rank, world=process.world
         )
@@ -82,7 +86,14 @@ class Trial:
             set_lr(self.optimizer, self.run.optim.lr * lr_ratio(self.run.schedule, step, self.run.steps))
             batches = [self.data.next_batch() for _ in range(self.run.optim.accumulate)]
             report = train_step(
-                self.model, self.optimizer, self.chain, batches, self.task, step, self.run.optim.clip_norm, self.process
+                self.model,
+                self.optimizer,
+                self.chain,
+                batches,
+                self.task,
+                step,
+                self.run.optim.clip_norm,
+                self.process,
             )
             found.append((float(report.loss), float(report.grad_norm)))
         self.done += steps

@@ -1,9 +1,11 @@
-"""Train shipped configurations for a few steps, one process each, and record speed, memory and losses as JSON.
+"""Train shipped configurations for a few steps, one process each, and record speed, memory and losses as
+JSON.
 
     tools/bench_run.py OUTPUT.json CASES
 
-CASES is a TOML file of `[[case]]` tables with `title`, `config` and `overrides` (a list of section.key=value), and
-optionally `flags` (a list of torchrun flags). The median is over the steps after `warmup` (default 10).
+CASES is a TOML file of `[[case]]` tables with `title`, `config` and `overrides` (a list of
+section.key=value), and optionally `flags` (a list of torchrun flags). The median is over the steps after
+`warmup` (default 10).
 """
 
 from __future__ import annotations
@@ -32,7 +34,9 @@ def main() -> int:
     results = []
     for case in cases:
         results.append(run_case(case, args.timeout))
-        args.output.write_text(json.dumps({"command": shlex.join(sys.argv), "results": results}, indent=1) + "\n")
+        args.output.write_text(
+            json.dumps({"command": shlex.join(sys.argv), "results": results}, indent=1) + "\n"
+        )
     print(table(results))
     return int(any("failed" in result for result in results))
 
@@ -41,7 +45,13 @@ def run_case(case: dict, timeout: float) -> dict:
     """Train one case in its own process, so that no graph or memory of another is counted."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "qrecipes.cli.main", "run", *case.get("flags", []), "train"]
-        command += ["--config", case["config"], *case.get("overrides", []), f"output={folder}", "log.progress=false"]
+        command += [
+            "--config",
+            case["config"],
+            *case.get("overrides", []),
+            f"output={folder}",
+            "log.progress=false",
+        ]
         result = {"title": case["title"], "command": "qrecipes " + shlex.join(command[3:-2])}
         start = time.monotonic()
         try:
@@ -84,7 +94,7 @@ def table(results: list[dict]) -> str:
     lines = [f"{'case':44}{'tokens/s':>12}{'step ms':>10}{'peak GB':>9}{'MFU':>8}{'last loss':>11}"]
     for r in results:
         if "failed" in r:
-            lines.append(f"{r['title']:44}  failed: {r['failed'].strip().splitlines()[-1][:100] if r['failed'] else ''}")
+            lines.append(f"{r['title']:44}  failed: {r['failed'].strip().splitlines()[-1][:90]}")
             continue
         lines.append(
             f"{r['title']:44}{r['tokens_per_s']:12,.0f}{r['step_ms']:10.2f}{r['peak_memory_gb']:9.2f}"

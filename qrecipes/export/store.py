@@ -1,9 +1,10 @@
 """Finished models on disk: safetensors, a manifest, and the run they came from.
 
-An export is a folder that needs nothing else: `model.safetensors` with the finalized model's tensors, `manifest.json`
-with what they are, `run.toml` with how they came about, and the tokenizer's files. Loading replays build, swap and
-finalize on an empty model and assigns the stored tensors, so every method's export reloads by the same code. Where
-the weights came from a Hugging Face folder, `huggingface/` beside it is one that transformers loads.
+An export is a folder that needs nothing else: `model.safetensors` with the finalized model's tensors,
+`manifest.json` with what they are, `run.toml` with how they came about, and the tokenizer's files. Loading
+replays build, swap and finalize on an empty model and assigns the stored tensors, so every method's export
+reloads by the same code. Where the weights came from a Hugging Face folder, `huggingface/` beside it is one
+that transformers loads.
 """
 
 from __future__ import annotations
@@ -20,15 +21,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from qrecipes.config import parse
 from qrecipes.config.run import Run
 from qrecipes.data.tokenizers import load_tokenizer
 from qrecipes.errors import ExportError
-from qrecipes.models.build import build, resolve_dtype
+from qrecipes.models.build import build
 from qrecipes.models.weights import save_huggingface
 from qrecipes.parallel.process import Process
 from qrecipes.training import checkpoint
 from qrecipes.training.output import RUN_FILE, read_run
-from qrecipes.config import parse
 from qrecipes.transforms.chain import Chain
 
 FORMAT = 1
@@ -49,10 +50,14 @@ def load_run(
     output = Path(output)
     run = read_run(output)
     available = checkpoint.list_checkpoints(output)
-    wanted = available[-1:] if step is None else [p for p in available if p == checkpoint.folder_of(output, step)]
+    wanted = (
+        available[-1:] if step is None else [p for p in available if p == checkpoint.folder_of(output, step)]
+    )
     if not wanted:
         known = ", ".join(p.name for p in available) or "none"
-        raise ExportError(f"{output}: has no checkpoint{'' if step is None else f' of step {step}'}; it has: {known}")
+        raise ExportError(
+            f"{output}: has no checkpoint{'' if step is None else f' of step {step}'}; it has: {known}"
+        )
     checkpoint.read_state(wanted[0])
     dtype = _stored_dtype(wanted[0] / checkpoint.MODEL)
     model = build(run.model, dtype=dtype, device=device)
@@ -67,7 +72,7 @@ def _stored_dtype(path: Path) -> torch.dtype:
     from safetensors import safe_open
 
     with safe_open(path, "pt") as file:
-        types = {file.get_slice(name).get_dtype() for name in file.keys()}
+        types = {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 - no dict
     return torch.bfloat16 if "BF16" in types else torch.float32
 
 
@@ -115,7 +120,8 @@ def _manifest(model: nn.Module, run: Run, tensors: dict[str, torch.Tensor], fold
 
 
 def load_export(path: str | Path, *, device: str | torch.device = "cpu") -> nn.Module:
-    """The model of an export, in evaluation mode: on the same device, its outputs are the exported model's to the bit.
+    """The model of an export, in evaluation mode: on the same device, its outputs are the exported model's to
+    the bit.
 
     Raises:
         ExportError: if the folder is no export, or is damaged.
@@ -135,7 +141,9 @@ def load_export_and_run(path: str | Path, *, device: str | torch.device = "cpu")
         raise ExportError(f"{folder / TENSORS}: cannot be read: {error}; export again") from error
     digest = hashlib.sha256((folder / TENSORS).read_bytes()).hexdigest()
     if digest != manifest["sha256"][TENSORS]:
-        raise ExportError(f"{folder / TENSORS}: was changed since it was written (its SHA-256 differs); export again")
+        raise ExportError(
+            f"{folder / TENSORS}: was changed since it was written (its SHA-256 differs); export again"
+        )
     model = build(run.model, dtype=getattr(torch, manifest["parameter_dtype"]), device=device)
     chain = Chain.from_configs(run.transform)
     model = chain.finalize(chain.swap(model))
@@ -151,7 +159,8 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         raise ExportError(f"{folder}: is no export: {MANIFEST} cannot be read ({error})") from error
     if version != FORMAT:
         raise ExportError(
-            f"{folder}: has export format {version}; this version reads {FORMAT}; use the version of qrecipes that "
+            f"{folder}: has export format {version}; this version reads {FORMAT}; "
+            f"use the version of qrecipes that "
             f"wrote it ({manifest.get('written_by', 'unknown')})"
         )
     return manifest
@@ -178,7 +187,9 @@ def export_run(
     reloaded = load_export(destination).state_dict()
     for name, tensor in model.state_dict().items():
         if not torch.equal(reloaded[name], tensor):
-            raise ExportError(f"{destination}: {name} differs after reloading; this is a fault of the exporter")
+            raise ExportError(
+                f"{destination}: {name} differs after reloading; this is a fault of the exporter"
+            )
     if huggingface and run.model.weights is not None:
         source = huggingface_source(run.model.weights)
         if source is not None:

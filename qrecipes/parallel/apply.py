@@ -1,7 +1,7 @@
 """Activation checkpointing, then compilation, then FSDP2, block by block.
 
-The order matters: a compiled block contains its recomputation, and FSDP2 gathers and frees around the compiled block.
-Nothing is wrapped, so names in state dicts stay those of the builder.
+The order matters: a compiled block contains its recomputation, and FSDP2 gathers and frees around the
+compiled block. Nothing is wrapped, so names in state dicts stay those of the builder.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 
 def parallelize(model: nn.Module, parallel: ParallelSection, process: Process) -> nn.Module:
-    """Make `model` recompute, compile and shard as asked, in place. Sharding replaces its Parameter objects."""
+    """Make `model` recompute, compile and shard as asked, in place. Sharding replaces its Parameter
+    objects."""
     blocks = [site.block for site in block_sites(model)]
     every = {"none": 0, "full": 1, "selective": parallel.selective_every}[parallel.checkpointing]
     if every:
@@ -42,7 +43,8 @@ def recompute(block: nn.Module) -> None:
 
 
 def shard(model: nn.Module, blocks: list[nn.Module], parallel: ParallelSection, process: Process) -> None:
-    """FSDP2: one group a block, and one for what is outside them (a tied embedding must stay with the head)."""
+    """FSDP2: one group a block, and one for what is outside them (a tied embedding must stay with the
+    head)."""
     policy = MixedPrecisionPolicy(reduce_dtype=getattr(torch, parallel.reduce_dtype))
     for block in blocks:
         fully_shard(

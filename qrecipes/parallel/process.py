@@ -42,7 +42,8 @@ class Process:
         return self.sum(value) / self.world
 
     def largest(self, number: int) -> int:
-        """The largest of one integer of every rank. Over the CPU's backend, so that the device's queue runs on."""
+        """The largest of one integer of every rank. Over the CPU's backend, so that the device's queue runs
+        on."""
         if self.mesh is None:
             return number
         value = torch.tensor(number)

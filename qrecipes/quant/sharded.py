@@ -13,7 +13,8 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def is_composite(tensor: Tensor) -> bool:
-    """Whether this rank's part is a tensor subclass made of inner tensors, such as a quantized optimizer state."""
+    """Whether this rank's part is a tensor subclass made of inner tensors, such as a quantized optimizer
+    state."""
     return hasattr(local(tensor), "__tensor_flatten__")
 
 

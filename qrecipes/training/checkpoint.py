@@ -1,10 +1,11 @@
 """The whole state of a run on disk: model, optimizer, data position, step and random state.
 
-A checkpoint is a folder `step_00000100` that appears by a rename when everything in it is written, so a killed save
-leaves the previous one untouched. `model.safetensors` and `optimizer.safetensors` hold whole tensors, whatever the
-number of ranks; `rank_00000.safetensors` holds what is a rank's own: random state, and tensors made of several parts
-(quantized optimizer states, whose blocks follow the sharding). `state.json` comes last, with the step, the data
-position, the size and CRC-32 of every file, and what of the run must be equal to resume. Nothing is pickled.
+A checkpoint is a folder `step_00000100` that appears by a rename when everything in it is written, so a
+killed save leaves the previous one untouched. `model.safetensors` and `optimizer.safetensors` hold whole
+tensors, whatever the number of ranks; `rank_00000.safetensors` holds what is a rank's own: random state, and
+tensors made of several parts (quantized optimizer states, whose blocks follow the sharding). `state.json`
+comes last, with the step, the data position, the size and CRC-32 of every file, and what of the run must be
+equal to resume. Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -58,7 +59,8 @@ def find(output: str | Path, resume: str) -> Path | None:
     if resume == "never":
         if existing:
             raise CheckpointError(
-                f"checkpoint.resume: 'never', but {existing[-1]} exists; use 'auto' to go on from it, or another "
+                f"checkpoint.resume: 'never', but {existing[-1]} exists; "
+                f"use 'auto' to go on from it, or another "
                 "`output`"
             )
         return None
@@ -84,9 +86,7 @@ def fingerprint(run: Run, world: int) -> dict[str, Any]:
             run.data.batch_size * run.optim.accumulate * world
         ),
         "optim.name": run.optim.name,
-        "transform": [
-            {"method": type(config).__name__} | asdict(config) for config in run.transform
-        ],
+        "transform": [{"method": type(config).__name__} | asdict(config) for config in run.transform],
     }
     return json.loads(json.dumps(shape))
 
@@ -96,7 +96,8 @@ def save(
 ) -> Path:
     """Write the checkpoint after `step` optimizer steps and delete the oldest beyond `checkpoint.keep`.
 
-    A collective: every rank calls it. One whole tensor at a time is gathered; rank 0 holds them all in host memory.
+    A collective: every rank calls it. One whole tensor at a time is gathered; rank 0 holds them all in host
+    memory.
 
     Raises:
         CheckpointError: if the folder cannot be written.
@@ -112,7 +113,9 @@ def save(
     _reporting_os_errors(partial, lambda: save_file(own, rank_file))
     process.barrier()
     if process.is_main:
-        _reporting_os_errors(partial, lambda: _publish(run, step, shared, data_state, process, partial, final))
+        _reporting_os_errors(
+            partial, lambda: _publish(run, step, shared, data_state, process, partial, final)
+        )
     process.barrier()
     return final
 
@@ -143,7 +146,8 @@ def _on_cpu(tensor: Tensor) -> Tensor:
 
 
 def _optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
-    """Every tensor of the optimizer's state as `KEY/PARAMETER`, such as "exp_avg/layers.0.attn.q_proj.weight"."""
+    """Every tensor of the optimizer's state as `KEY/PARAMETER`, such as
+    "exp_avg/layers.0.attn.q_proj.weight"."""
     return {
         f"{key}/{fqn}": value
         for fqn, parameter in model.named_parameters()
@@ -211,7 +215,8 @@ def _reporting_os_errors(folder: Path, action: Any) -> None:
         action()
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
-            f"{folder}: cannot be written: {error}; earlier checkpoints are untouched; free space or permissions, "
+            f"{folder}: cannot be written: {error}; earlier checkpoints are untouched; "
+            f"free space or permissions, "
             "or set another `output`"
         ) from error
 
@@ -230,7 +235,8 @@ def read_state(folder: Path) -> dict[str, Any]:
         raise _damaged(folder, f"{STATE} cannot be read ({error})") from error
     if state.get("format") != FORMAT:
         raise CheckpointError(
-            f"{folder}: has checkpoint format {state.get('format')}; this version reads {FORMAT}; use the version of "
+            f"{folder}: has checkpoint format {state.get('format')}; this version reads {FORMAT}; "
+            f"use the version of "
             "qrecipes that wrote it"
         )
     for name, facts in files.items():
@@ -251,7 +257,8 @@ def _damaged(folder: Path, what: str) -> CheckpointError:
 
 
 def check_fits(folder: Path, state: dict[str, Any], run: Run, process: Process) -> None:
-    """Raise CheckpointError where a checkpoint belongs to a run of another shape, with every differing key."""
+    """Raise CheckpointError where a checkpoint belongs to a run of another shape, with every differing
+    key."""
     wanted, found = fingerprint(run, process.world), state["fingerprint"]
     differing = [
         f"{key} is {found.get(key)!r} there, {wanted.get(key)!r} here"
@@ -270,8 +277,9 @@ def restore(
 ) -> tuple[int, dict[str, Any]]:
     """Put a checkpoint's state in place: the number of finished steps, and the data position.
 
-    On the same number of ranks the run goes on bit for bit. On another number (with as many sequences a step) the
-    random state starts from the run's seed instead; composite optimizer states cannot be resharded and are refused.
+    On the same number of ranks the run goes on bit for bit. On another number (with as many sequences a step)
+    the random state starts from the run's seed instead; composite optimizer states cannot be resharded and
+    are refused.
 
     Raises:
         CheckpointError: if the checkpoint is damaged or belongs to another run.
@@ -342,7 +350,9 @@ def _restore_parts(name: str, target: Tensor, own: dict[str, Tensor]) -> list[st
     for part, tensor in parts(target).items():
         saved = own.get(f"{name}{_PART}{part}")
         if saved is None:
-            problems.append(f"{name} is saved by rank and cannot be resharded; resume on as many ranks as saved it")
+            problems.append(
+                f"{name} is saved by rank and cannot be resharded; resume on as many ranks as saved it"
+            )
             break
         if saved.shape != tensor.shape:
             problems.append(f"{name}, {part}: shape {tuple(saved.shape)} there, {tuple(tensor.shape)} here")
@@ -352,7 +362,9 @@ def _restore_parts(name: str, target: Tensor, own: dict[str, Tensor]) -> list[st
     return problems
 
 
-def _forget_absent_state(folder: Path, model: nn.Module, optimizer: Optimizer, own: dict[str, Tensor]) -> None:
+def _forget_absent_state(
+    folder: Path, model: nn.Module, optimizer: Optimizer, own: dict[str, Tensor]
+) -> None:
     """Drop the state of parameters that had none when the checkpoint was written."""
     saved = set(_load(folder / OPTIMIZER)) | {key.split(_PART)[1] for key in own if key.startswith(OPTIMIZER)}
     owners = {name.split("/", 1)[1] for name in saved}

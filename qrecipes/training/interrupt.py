@@ -35,7 +35,10 @@ class Interruption:
         self._received = self._received or number
         if self._process.is_main:
             name = signal.Signals(number).name
-            print(f"\n{name}: finishing this step, then saving; press Ctrl-C again to stop at once", file=sys.stderr)
+            print(
+                f"\n{name}: finishing this step, then saving; press Ctrl-C again to stop at once",
+                file=sys.stderr,
+            )
 
     def received(self) -> int:
         """The signal that any rank has received, or 0. A collective."""

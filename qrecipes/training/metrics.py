@@ -9,6 +9,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,8 +38,8 @@ PEAK_TFLOPS = {
     "RTX 4090": 165.2,
     "RTX 3090": 71.0,
 }
-"""Dense bf16 rate of tensor cores with float32 accumulation, from the makers' data sheets, by part of the device's
-name; the first match counts."""
+"""Dense bf16 rate of tensor cores with float32 accumulation, from the makers' data sheets, by part of the
+device's name; the first match counts."""
 
 PLAIN_LINE_S = 10.0
 """Seconds between progress lines where the output is not a terminal."""
@@ -57,9 +58,10 @@ def peak_tflops(device: torch.device, stated: float | None = None) -> float | No
 def training_flops(model: nn.Module, sequence_length: int) -> float | None:
     """Floating-point operations of forward and backward for one target: a token, or an image.
 
-    Six a token for each weight of a matrix that multiplies it, and 12 x width x length for each block's attention,
-    halved where it is causal (PaLM, arXiv 2204.02311, appendix B). Embedding look-ups count nothing, tied heads count.
-    Every weight counts as trained. None where the model tells neither its blocks nor, for images, its patches.
+    Six a token for each weight of a matrix that multiplies it, and 12 x width x length for each block's
+    attention, halved where it is causal (PaLM, arXiv 2204.02311, appendix B). Embedding look-ups count
+    nothing, tied heads count. Every weight counts as trained. None where the model tells neither its blocks
+    nor, for images, its patches.
     """
     try:
         view = ModelView.of(model)
@@ -96,7 +98,9 @@ def environment(process: Process) -> dict[str, Any]:
     cuda = process.device.type == "cuda"
     return {
         "command": sys.argv,
-        "device": torch.cuda.get_device_name(process.device) if cuda else platform.processor() or platform.machine(),
+        "device": torch.cuda.get_device_name(process.device)
+        if cuda
+        else platform.processor() or platform.machine(),
         "ranks": process.world,
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
@@ -107,16 +111,17 @@ def environment(process: Process) -> dict[str, Any]:
 class Log:
     """Writes one JSON line a step, and tells the other sinks.
 
-    On a GPU a step's tensors are read only when the next step has been queued, so that the device never waits for the
-    log; the time of a step is that between two such reads.
-    Only rank 0 writes. Use it as a context manager: everything given to it is written on the way out, whatever the
-    reason.
+    On a GPU a step's tensors are read only when the next step has been queued, so that the device never waits
+    for the log; the time of a step is that between two such reads. Only rank 0 writes. Use it as a context
+    manager: everything given to it is written on the way out, whatever the reason.
     """
 
     def __init__(self, run: Run, process: Process, first_step: int, flops_per_item: float | None) -> None:
         self.process = process
         self.flops_per_item = flops_per_item or math.nan
-        self.peak_flops = (peak_tflops(process.device, run.log.peak_tflops) or math.nan) * 1e12 * process.world
+        self.peak_flops = (
+            (peak_tflops(process.device, run.log.peak_tflops) or math.nan) * 1e12 * process.world
+        )
         self._pending: tuple[int, float, StepReport] | None = None
         self._last_read = time.perf_counter()
         self._items_seen = 0
@@ -147,10 +152,8 @@ class Log:
             if exception_type is None:
                 self.flush()
             else:  # the run is ending for another reason; do not hide it behind this step's own
-                try:
+                with suppress(TrainingError):
                     self.flush()
-                except TrainingError:
-                    pass
         finally:
             for close in reversed(self._closers):
                 close()

@@ -50,5 +50,7 @@ def read_run(output: Path) -> Run:
     """
     path = output / RUN_FILE
     if not path.is_file():
-        raise ConfigError(f"{output}: is no run: it holds no {RUN_FILE}; give the `output` folder of a training run")
+        raise ConfigError(
+            f"{output}: is no run: it holds no {RUN_FILE}; give the `output` folder of a training run"
+        )
     return parse.load(str(path))

@@ -6,7 +6,8 @@ import torch
 
 
 def seed_building(seed: int) -> None:
-    """Seed torch alike on every rank: FSDP2 slices each rank's own copy of the model and does not broadcast."""
+    """Seed torch alike on every rank: FSDP2 slices each rank's own copy of the model and does not
+    broadcast."""
     torch.manual_seed(seed)
 
 

@@ -64,9 +64,10 @@ def train_step(
 
 
 def clip_gradients(model: nn.Module, clip_norm: float) -> Tensor:
-    """Scale the gradients down to a norm of `clip_norm` (0: leave them) and return the norm before, on every rank."""
+    """Scale the gradients down to a norm of `clip_norm` (0: leave them) and return the norm before, on every
+    rank."""
     trained = [p for p in model.parameters() if p.grad is not None]
-    norm = nn.utils.get_total_norm([p.grad for p in trained])
+    norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
     norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
     if clip_norm:
         nn.utils.clip_grads_with_norm_(trained, clip_norm, norm)

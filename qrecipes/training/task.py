@@ -29,7 +29,8 @@ class Task:
     def check_fits(self, model: nn.Module, vocabulary: int | None, largest: int | None) -> None:
         """Raise ConfigError where the data holds more tokens or classes than the model.
 
-        `vocabulary` is the tokenizer's, `largest` the largest token or class that occurs; None where not known.
+        `vocabulary` is the tokenizer's, `largest` the largest token or class that occurs; None where not
+        known.
         """
         if self.kind == "classification":
             classes = getattr(model, "num_classes", None)
@@ -42,22 +43,26 @@ class Task:
         size = vocab_size(model)
         if size is None:
             raise ConfigError(
-                f"task.kind: 'language_modeling' needs a model that takes tokens; {type(model).__name__} does not; "
+                f"task.kind: 'language_modeling' needs a model that takes tokens; "
+                f"{type(model).__name__} does not; "
                 "set task.kind = 'classification', or another model.source"
             )
         if vocabulary is not None and vocabulary > size:
             raise ConfigError(
-                f"tokenizer: has {vocabulary} tokens, but the model's vocabulary holds {size}; use the model's own "
+                f"tokenizer: has {vocabulary} tokens, but the model's vocabulary holds {size}; "
+                f"use the model's own "
                 "tokenizer, or a model with as large a vocabulary"
             )
         if largest is not None and largest >= size:
             raise ConfigError(
-                f"data.files: hold token {largest}, but the model's vocabulary ends at {size - 1}; use the tokenizer "
+                f"data.files: hold token {largest}, but the model's vocabulary ends at {size - 1}; "
+                f"use the tokenizer "
                 "that the model was made for"
             )
 
     def logits(self, model: nn.Module, batch: Batch) -> Tensor:
-        """The model's output on a batch that is on its device; images are cast to the type of its parameters."""
+        """The model's output on a batch that is on its device; images are cast to the type of its
+        parameters."""
         inputs = batch.inputs
         if inputs.is_floating_point():
             inputs = inputs.to(next(model.parameters()).dtype)

@@ -8,7 +8,15 @@ from __future__ import annotations
 from importlib import import_module
 from pkgutil import iter_modules
 
-from qrecipes.transforms.base import REGISTRY, Bounds, ParamGroup, StepContext, Transform, TransformConfig, register
+from qrecipes.transforms.base import (
+    REGISTRY,
+    Bounds,
+    ParamGroup,
+    StepContext,
+    Transform,
+    TransformConfig,
+    register,
+)
 
 for _module in iter_modules(__path__):
     import_module(f"{__name__}.{_module.name}")

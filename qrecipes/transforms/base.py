@@ -1,4 +1,5 @@
-"""What a low-precision method is: the Transform interface, its configuration and what it is told each step."""
+"""What a low-precision method is: the Transform interface, its configuration and what it is told each
+step."""
 
 from __future__ import annotations
 
@@ -82,8 +83,8 @@ class StepContext:
 class Bounds:
     """What the probe holds a swapped layer to: the least SQNR, in dB, against the original layer.
 
-    A product with a number must also differ from the original in at least one bit. None says that the method leaves
-    that product alone, or that there is none (a frozen weight has no gradient); it is not compared.
+    A product with a number must also differ from the original in at least one bit. None says that the method
+    leaves that product alone, or that there is none (a frozen weight has no gradient); it is not compared.
     """
 
     output: float | None
@@ -97,8 +98,8 @@ C = TypeVar("C", bound=TransformConfig)
 class Transform(abc.ABC, Generic[C]):
     """check -> swap -> param_groups -> (before_step, after_backward)* -> finalize.
 
-    Hooks are functions of (step, parameters). A transform keeps no counter, so a resumed run repeats an unbroken one
-    bit for bit.
+    Hooks are functions of (step, parameters). A transform keeps no counter, so a resumed run repeats an
+    unbroken one bit for bit.
     """
 
     name: ClassVar[str]
@@ -187,7 +188,8 @@ def transform_for(config: TransformConfig) -> Transform:
         if cls.Config is type(config):
             return cls(config)
     raise ConfigError(
-        f"{type(config).__name__}: no registered transform has this configuration; registered: {', '.join(REGISTRY)}"
+        f"{type(config).__name__}: no registered transform has this configuration; "
+        f"registered: {', '.join(REGISTRY)}"
     )
 
 
@@ -204,7 +206,8 @@ class LinearTransform(Transform[C]):
     def _replace(cls, module: nn.Module, config: TransformConfig) -> nn.Module:
         if type(module) is not nn.Linear:
             raise ConfigError(
-                f"{cls.name}: {type(module).__name__} is not a plain nn.Linear; one method applies to one layer, "
+                f"{cls.name}: {type(module).__name__} is not a plain nn.Linear; "
+                f"one method applies to one layer, "
                 "so leave it out with filter_fn, or with `skip` in a recipe"
             )
         layer = cls.Layer.from_linear(module, config)  # type: ignore[attr-defined]
@@ -212,6 +215,7 @@ class LinearTransform(Transform[C]):
         return layer
 
     def sites(self, model: nn.Module) -> dict[str, nn.Module]:
+        """Plain linear layers that `targets` and `skip` select."""
         return {
             fqn: module
             for fqn, module in model.named_modules()
@@ -219,6 +223,7 @@ class LinearTransform(Transform[C]):
         }
 
     def swap(self, model: nn.Module) -> nn.Module:
+        """Replace every site by a `Layer`, through torchao's `quantize_`."""
         chosen = self.sites(model)
         if "" in chosen:  # the model itself is one linear layer
             return self._replace(model, self.config)
@@ -226,9 +231,11 @@ class LinearTransform(Transform[C]):
         return model
 
     def layers(self, model: nn.Module) -> dict[str, nn.Module]:
+        """Every `Layer` of the model."""
         return {fqn: module for fqn, module in model.named_modules() if isinstance(module, self.Layer)}
 
     def finalize(self, model: nn.Module) -> nn.Module:
+        """Replace every `Layer` by what its `merged()` gives."""
         for fqn, layer in self.layers(model).items():
             merged = layer.merged()  # type: ignore[operator]
             merged.train(layer.training)

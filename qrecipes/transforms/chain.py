@@ -1,4 +1,5 @@
-"""Many transforms as one, and what only their sum can tell: disjoint parameters, what is frozen, the receipt."""
+"""Many transforms as one, and what only their sum can tell: disjoint parameters, what is frozen, the
+receipt."""
 
 from __future__ import annotations
 
@@ -75,8 +76,8 @@ class Chain:
     ) -> nn.Module:
         """Apply every transform, and probe the result where `loss` is given.
 
-        The model is changed in place where possible; use the returned one. `loss(model)` is one forward pass over
-        real data, before and after which the layers are compared, on `device` or where the model is.
+        The model is changed in place where possible; use the returned one. `loss(model)` is one forward pass
+        over real data, before and after which the layers are compared, on `device` or where the model is.
 
         Raises:
             ConfigError: if a transform selects no layer.
@@ -110,7 +111,7 @@ class Chain:
                     faults += found
                     if row is not None:
                         row.sqnr_db = sqnr
-        self._explain(rows, dict((fqn, linear) for fqn, linear, _ in before))
+        self._explain(rows, {fqn: linear for fqn, linear, _ in before})
         self._receipt = Receipt(rows)
         probe.raise_faults(faults)
         self._freeze(model)
@@ -121,7 +122,8 @@ class Chain:
         config = transform.config
         some = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
         return (
-            f"transform {transform.name}: targets {list(config.targets)} less skip {list(config.skip)} select no plain "
+            f"transform {transform.name}: targets {list(config.targets)} less skip {list(config.skip)} "
+            f"select no plain "
             f"linear layer that is still free; a transform must change at least one; the model has "
             f"{len(names)}{': ' + some if names else ''}"
         )
@@ -180,7 +182,8 @@ class Chain:
             transform.after_backward(ctx)
 
     def finalize(self, model: nn.Module) -> nn.Module:
-        """Turn every swapped layer into `nn.Linear` or `QuantLinear`, last transform first; a second call is no-op."""
+        """Turn every swapped layer into `nn.Linear` or `QuantLinear`, last transform first; a second call is
+        no-op."""
         for transform in reversed(self.transforms):
             model = transform.finalize(model)
         return model

@@ -1,8 +1,8 @@
 """The probe: proof, on real activations, that swapped layers do what their method says.
 
-Before a swap, one forward and backward pass of the model records a few rows of every chosen layer's input and output
-gradient, and what the original layer makes of them. After the swap each new layer is given the same rows. A product
-that the method changes must differ from the original's and stay within the method's bound.
+Before a swap, one forward and backward pass of the model records a few rows of every chosen layer's input and
+output gradient, and what the original layer makes of them. After the swap each new layer is given the same
+rows. A product that the method changes must differ from the original's and stay within the method's bound.
 """
 
 from __future__ import annotations
@@ -22,14 +22,15 @@ from qrecipes.transforms.base import Bounds
 ROWS = 128
 """Rows of input (tokens) recorded for each layer, evenly spaced over the batch."""
 WEIGHT_ROWS = 128
-"""Rows of the weight's gradient that are compared, evenly spaced; the whole gradient of every layer would be as large
-as the model."""
+"""Rows of the weight's gradient that are compared, evenly spaced; the whole gradient of every layer would be
+as large as the model."""
 
 Loss = Callable[[nn.Module], Tensor]
 
 
 class Products(NamedTuple):
-    """The three products of a linear layer on the recorded rows; the last holds some rows of the weight's gradient."""
+    """The three products of a linear layer on the recorded rows; the last holds some rows of the weight's
+    gradient."""
 
     output: Tensor
     grad_input: Tensor
@@ -48,8 +49,8 @@ class Recording:
 def record(model: nn.Module, sites: dict[str, nn.Module], loss: Loss) -> dict[str, Recording]:
     """Run `loss(model)` forward and backward once and record every site that took part.
 
-    Parameters get no gradients, and the random state is put back. Sites that the loss does not reach are absent from
-    the result.
+    Parameters get no gradients, and the random state is put back. Sites that the loss does not reach are
+    absent from the result.
     """
     rows: dict[str, tuple[Tensor, Tensor]] = {}
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -96,15 +97,17 @@ def _some_rows(matrix: Tensor, most: int) -> Tensor:
 
 
 def layer_products(layer: nn.Module, x: Tensor, grad_output: Tensor) -> Products:
-    """What `layer` makes of rows x [M, K] and grad_output [M, N]; the weight's part only where `layer.weight` trains."""
+    """What `layer` makes of rows x [M, K] and grad_output [M, N]; the weight's part only where `layer.weight`
+    trains."""
     x = x.detach().requires_grad_(True)
     weight = getattr(layer, "weight", None)
-    trains = isinstance(weight, nn.Parameter) and weight.requires_grad
+    wanted: list[Tensor] = [x]
+    if isinstance(weight, nn.Parameter) and weight.requires_grad:
+        wanted.append(weight)
     with torch.enable_grad():
         output = layer(x)
-        wanted = [x, weight] if trains else [x]
         grads = torch.autograd.grad(output, wanted, grad_output)
-    grad_weight = _some_rows(grads[1].detach(), WEIGHT_ROWS) if trains else None
+    grad_weight = _some_rows(grads[1].detach(), WEIGHT_ROWS) if len(grads) > 1 else None
     return Products(output.detach(), grads[0].detach(), grad_weight)
 
 
@@ -113,12 +116,17 @@ def _to_cpu(products: Products) -> Products:
 
 
 def compare(
-    fqn: str, method: str, layer: nn.Module, bounds: Bounds, recording: Recording, device: torch.device | None = None
+    fqn: str,
+    method: str,
+    layer: nn.Module,
+    bounds: Bounds,
+    recording: Recording,
+    device: torch.device | None = None,
 ) -> tuple[dict[str, float], list[str]]:
     """SQNR in dB of each product the method changes, and what is wrong with them.
 
-    The layer is moved to `device` meanwhile, so that a model built on the CPU is probed with the kernels it will
-    train with.
+    The layer is moved to `device` meanwhile, so that a model built on the CPU is probed with the kernels it
+    will train with.
     """
     home = next((t.device for t in [*layer.parameters(), *layer.buffers()]), torch.device("cpu"))
     device = device or home
@@ -140,7 +148,9 @@ def compare(
         if torch.equal(ours, original):
             faults.append(f"{fqn}: {product} is bit-equal to the original layer's: {method} is not on")
         elif math.isnan(db) or db < floor:
-            faults.append(f"{fqn}: {product} has an SQNR of {db:.1f} dB; {method} allows no less than {floor:.1f} dB")
+            faults.append(
+                f"{fqn}: {product} has an SQNR of {db:.1f} dB; {method} allows no less than {floor:.1f} dB"
+            )
         else:
             sqnr[product] = round(db, 2)
     return sqnr, faults

@@ -25,7 +25,8 @@ class LayerReceipt:
     bytes_after: int
     """The same after it."""
     sqnr_db: dict[str, float] = field(default_factory=dict)
-    """The probe's finding for each product the method changes, on real activations; infinite values are left out."""
+    """The probe's finding for each product the method changes, on real activations; infinite values are left
+    out."""
 
 
 @dataclass
@@ -40,7 +41,8 @@ class Receipt:
         return list(dict.fromkeys(layer.method for layer in self.layers if layer.method))
 
     def summary(self) -> str:
-        """One line: how many layers, weights and bytes each method took over, and the probe's worst findings."""
+        """One line: how many layers, weights and bytes each method took over, and the probe's worst
+        findings."""
         if not self.methods:
             return f"no transform: {len(self.layers)} linear layers as built"
         parts = [self._method_summary(method) for method in self.methods]
@@ -52,7 +54,9 @@ class Receipt:
     def _method_summary(self, method: str) -> str:
         mine = [layer for layer in self.layers if layer.method == method]
         weights = sum(_product(layer.shape) for layer in mine)
-        before, after = (sum(getattr(layer, key) for layer in mine) for key in ("bytes_before", "bytes_after"))
+        before, after = (
+            sum(getattr(layer, key) for layer in mine) for key in ("bytes_before", "bytes_after")
+        )
         text = (
             f"{method}: {len(mine)} of {len(self.layers)} linear layers, {weights:,} weights, "
             f"{_megabytes(before)} -> {_megabytes(after)}"

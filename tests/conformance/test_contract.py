@@ -174,7 +174,8 @@ def test_compiled_blocks_equal_eager_without_graph_breaks(run, method):
         loss.backward()
     blocks = len(block_sites(trial.model))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= blocks
-    # a fused reduction rounds differently, and one ulp can move a value to the next integer of a quantized grid
+    # a fused reduction rounds differently, and one ulp can move a value to the next integer of a quantized
+    # grid
     torch.testing.assert_close(loss, plain_loss, rtol=max(2e-3, REGISTRY[method].parity_rtol), atol=0)
     for name, parameter in trial.model.named_parameters():
         if name in gradients:
@@ -187,7 +188,9 @@ def test_resume_is_bit_exact(run, save_at):
     unbroken = Trial.of(run).advance(8)
     first = Trial.of(run)
     beginning = first.advance(save_at)
-    folder = checkpoint.save(run, save_at, first.model, first.optimizer, first.data.state_dict(), first.process)
+    folder = checkpoint.save(
+        run, save_at, first.model, first.optimizer, first.data.state_dict(), first.process
+    )
     second = Trial.of(run)
     second.advance(1)  # whatever state it had must be overwritten
     second.done, position = checkpoint.restore(folder, run, second.model, second.optimizer, second.process)
@@ -198,7 +201,9 @@ def test_resume_is_bit_exact(run, save_at):
 def test_accumulation_equals_a_larger_batch(run, method):
     large = Trial.of(run).advance(4)
     half = replace(
-        run, data=replace(run.data, batch_size=run.data.batch_size // 2), optim=replace(run.optim, accumulate=2)
+        run,
+        data=replace(run.data, batch_size=run.data.batch_size // 2),
+        optim=replace(run.optim, accumulate=2),
     )
     small = Trial.of(half).advance(4)
     rtol = REGISTRY[method].parity_rtol

@@ -19,12 +19,25 @@ from qrecipes.transforms import REGISTRY
 WORKER = Path(__file__).with_name("worker.py")
 FAMILIES = ("llm", "vit") if importlib.util.find_spec("timm") else ("llm",)
 PLAIN = [f"{family}:{method}:plain" for family in FAMILIES for method in ["", *methods()]]
-EXTRA = [f"llm:{methods()[0]}:checkpointing", f"llm:{methods()[0]}:compile", "llm::noreshard", "llm::adamw8bit"]
+EXTRA = [
+    f"llm:{methods()[0]}:checkpointing",
+    f"llm:{methods()[0]}:compile",
+    "llm::noreshard",
+    "llm::adamw8bit",
+]
 
 
 def run_worker(folder: Path, device: str, cases: list[str]) -> dict:
     output = folder / "found.json"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(WORKER)]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        str(WORKER),
+    ]
     finished = subprocess.run(
         [*command, str(output), device, str(folder), *cases],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -59,7 +72,9 @@ def rtol(case: str) -> float:
 
 @pytest.mark.parametrize("case", PLAIN + EXTRA)
 def test_two_processes_equal_one(two_processes, case):
-    torch.testing.assert_close(losses(two_processes[case]["unbroken"]), one_process(case), rtol=rtol(case), atol=0)
+    torch.testing.assert_close(
+        losses(two_processes[case]["unbroken"]), one_process(case), rtol=rtol(case), atol=0
+    )
 
 
 @pytest.mark.parametrize("case", PLAIN + EXTRA)
@@ -75,4 +90,6 @@ def test_two_gpus_equal_one_process(tmp_path):
         assert found[case]["resumed"] == found[case]["unbroken"], case
         # float32 on a GPU sums in another order (and TF32 stays off)
         expected = one_process(case)
-        torch.testing.assert_close(losses(found[case]["unbroken"]), expected, rtol=max(rtol(case), 1e-3), atol=0)
+        torch.testing.assert_close(
+            losses(found[case]["unbroken"]), expected, rtol=max(rtol(case), 1e-3), atol=0
+        )

@@ -1,4 +1,5 @@
-"""What a user can get wrong, and what the command line then says; the exit status tells a wrong request (2) apart."""
+"""What a user can get wrong, and what the command line then says; the exit status tells a wrong request (2)
+apart."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from qrecipes.assets import resolve
 from qrecipes.cli.main import main
-from qrecipes.cli.locate import shipped
+from qrecipes.locate import shipped
 
 
 def complain(capfd, *arguments: str) -> tuple[int, str]:
@@ -27,13 +28,20 @@ def complain(capfd, *arguments: str) -> tuple[int, str]:
 def train(tmp_path, capfd):
     def run(*overrides: str, config: str = "tiny/llm") -> tuple[int, str]:
         output = [] if any(o.startswith("output=") for o in overrides) else [f"output={tmp_path}/run"]
-        return complain(capfd, "run", "train", "--config", config, "steps=4", "log.progress=false", *output, *overrides)
+        return complain(
+            capfd, "run", "train", "--config", config, "steps=4", "log.progress=false", *output, *overrides
+        )
 
     return run
 
 
 def text_overrides(file: Path) -> list[str]:
-    return ['data.source="text"', f'data.files=["{file}"]', 'tokenizer.kind="bytes"', "model.args.vocab_size=512"]
+    return [
+        'data.source="text"',
+        f'data.files=["{file}"]',
+        'tokenizer.kind="bytes"',
+        "model.args.vocab_size=512",
+    ]
 
 
 def test_unknown_key(train):
@@ -99,7 +107,9 @@ def test_weights_whose_shapes_do_not_fit(train, tmp_path):
     def widen(tensors):
         tensors["model.norm.weight"] = torch.ones(65)
 
-    status, said = train(f"model.weights={json.dumps(str(weights_with(widen, tmp_path)))}", config="quickstart")
+    status, said = train(
+        f"model.weights={json.dumps(str(weights_with(widen, tmp_path)))}", config="quickstart"
+    )
     assert status == 1
     assert "65" in said
     assert "64" in said
@@ -144,7 +154,9 @@ def test_no_write_permission(train):
 
 
 def test_loss_that_becomes_nan_stops_with_the_last_good_checkpoint(train, tmp_path):
-    status, said = train("optim.lr=1e30", "optim.clip_norm=0", "checkpoint.every=1", "steps=30", 'schedule.kind="constant"')
+    status, said = train(
+        "optim.lr=1e30", "optim.clip_norm=0", "checkpoint.every=1", "steps=30", 'schedule.kind="constant"'
+    )
     assert status == 1
     assert "loss is nan" in said or "loss is inf" in said
     assert str(tmp_path / "run" / "checkpoints") in said

@@ -1,4 +1,5 @@
-"""Ctrl-C and SIGTERM finish the step, save, and end with 128 plus the signal; the run then goes on bit for bit."""
+"""Ctrl-C and SIGTERM finish the step, save, and end with 128 plus the signal; the run then goes on bit for
+bit."""
 
 from __future__ import annotations
 
@@ -26,7 +27,9 @@ def losses(folder: Path) -> dict[int, float]:
 def test_signal_saves_and_the_run_goes_on(tmp_path, number, status):
     folder, unbroken = tmp_path / "run", tmp_path / "unbroken"
     command = [sys.executable, "-m", "qrecipes.cli.main", "run", "train", *CONFIG, f"output={folder}"]
-    child = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True)
+    child = subprocess.Popen(
+        command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True
+    )
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not (folder / "metrics.jsonl").exists():
         time.sleep(0.05)

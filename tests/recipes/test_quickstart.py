@@ -11,7 +11,13 @@ import torch
 from qrecipes import load_export
 from qrecipes.cli.main import main
 
-SHORT = ["steps=4", "schedule.warmup_steps=1", "data.batch_size=2", "data.sequence_length=64", "log.evaluate_batches=4"]
+SHORT = [
+    "steps=4",
+    "schedule.warmup_steps=1",
+    "data.batch_size=2",
+    "data.sequence_length=64",
+    "log.evaluate_batches=4",
+]
 
 
 @pytest.fixture(scope="module")
@@ -26,10 +32,22 @@ def folder(tmp_path_factory):
 
 def test_it_writes_what_it_promises(folder):
     for name in ("quickstart", "quickstart-baseline"):
-        for file in ("run.toml", "metrics.jsonl", "receipt.json", "environment.json", "checkpoints", "export"):
+        for file in (
+            "run.toml",
+            "metrics.jsonl",
+            "receipt.json",
+            "environment.json",
+            "checkpoints",
+            "export",
+        ):
             assert (folder / name / file).exists(), f"{name}/{file}"
-    swapped = [row["method"] for row in json.loads((folder / "quickstart" / "receipt.json").read_text())["layers"]]
-    baseline = [row["method"] for row in json.loads((folder / "quickstart-baseline" / "receipt.json").read_text())["layers"]]
+    swapped = [
+        row["method"] for row in json.loads((folder / "quickstart" / "receipt.json").read_text())["layers"]
+    ]
+    baseline = [
+        row["method"]
+        for row in json.loads((folder / "quickstart-baseline" / "receipt.json").read_text())["layers"]
+    ]
     assert all(swapped)
     assert not any(baseline)
     assert len(swapped) == len(baseline) == 35
@@ -51,7 +69,9 @@ def test_both_runs_start_from_the_same_loss(folder):
 def test_transformers_loads_the_export_with_equal_logits(folder):
     transformers = pytest.importorskip("transformers")
     export = folder / "quickstart" / "export"
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(export / "huggingface", dtype=torch.float32).eval()
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        export / "huggingface", dtype=torch.float32
+    ).eval()
     ours = load_export(export)
     tokens = torch.randint(512, (2, 40), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -72,7 +92,7 @@ def test_generate_continues_a_prompt(folder, capsys):
 def test_a_second_quickstart_sets_the_first_aside(folder):
     import runpy
 
-    from qrecipes.cli.locate import shipped
+    from qrecipes.locate import shipped
 
     set_aside = runpy.run_path(str(shipped("recipes") / "quickstart.py"))["set_aside"]
     old = folder / "older"

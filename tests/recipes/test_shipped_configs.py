@@ -1,4 +1,5 @@
-"""Every shipped configuration parses, passes its checks, and its transforms find layers, without memory or data."""
+"""Every shipped configuration parses, passes its checks, and its transforms find layers, without memory or
+data."""
 
 from __future__ import annotations
 
@@ -9,11 +10,13 @@ import pytest
 import torch
 
 from qrecipes.config import parse
-from qrecipes.cli.locate import shipped
+from qrecipes.locate import shipped
 from qrecipes.models.build import build
 from qrecipes.transforms.chain import Chain
 
-CONFIGS = sorted(str(p.relative_to(shipped("configs")).with_suffix("")) for p in shipped("configs").rglob("*.toml"))
+CONFIGS = sorted(
+    str(p.relative_to(shipped("configs")).with_suffix("")) for p in shipped("configs").rglob("*.toml")
+)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -11,7 +11,7 @@ import torch
 
 from qrecipes import load_export
 from qrecipes.cli.main import main
-from qrecipes.cli.locate import shipped
+from qrecipes.locate import shipped
 
 TINY = sorted(path.stem for path in (shipped("configs") / "tiny").glob("*.toml"))
 

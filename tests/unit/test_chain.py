@@ -138,7 +138,7 @@ def test_parameters_shared_by_two_groups_are_an_error():
 
 
 def test_an_unregistered_configuration_is_named():
-    with pytest.raises(ConfigError, match="TransformConfig: no registered transform"):
+    with pytest.raises(ConfigError, match=r"TransformConfig: no registered transform"):
         Chain.from_configs([TransformConfig()])
 
 
@@ -168,7 +168,9 @@ def test_probe_finds_the_noise():
 
 
 def test_probe_refuses_noise_beyond_the_bound():
-    with pytest.raises(ProbeError, match=r"0: output has an SQNR of 20\.0 dB; noisy allows no less than 30\.0 dB"):
+    with pytest.raises(
+        ProbeError, match=r"0: output has an SQNR of 20\.0 dB; noisy allows no less than 30\.0 dB"
+    ):
         Chain.from_configs([NoisyConfig(noise=0.1)]).swap(small_model(), loss=loss)
 
 
@@ -178,7 +180,7 @@ def test_probe_refuses_a_layer_that_changes_nothing():
 
 
 def test_probe_refuses_nan():
-    with pytest.raises(ProbeError, match="SQNR of (nan|-inf) dB"):
+    with pytest.raises(ProbeError, match=r"SQNR of (nan|-inf) dB"):
         Chain.from_configs([NoisyConfig(noise=float("nan"))]).swap(small_model(), loss=loss)
 
 
@@ -204,5 +206,5 @@ def test_a_layer_with_a_method_is_not_replaced_by_torchao_again():
     from torchao.quantization import quantize_
 
     model = Chain.from_configs([NoisyConfig()]).swap(small_model())
-    with pytest.raises(ConfigError, match="NoisyLinear is not a plain nn.Linear"):
+    with pytest.raises(ConfigError, match=r"NoisyLinear is not a plain nn.Linear"):
         quantize_(model, NoisyConfig())

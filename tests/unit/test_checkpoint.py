@@ -18,7 +18,9 @@ from qrecipes.training import checkpoint
 
 
 def save(trial: Trial, step: int):
-    return checkpoint.save(trial.run, step, trial.model, trial.optimizer, trial.data.state_dict(), trial.process)
+    return checkpoint.save(
+        trial.run, step, trial.model, trial.optimizer, trial.data.state_dict(), trial.process
+    )
 
 
 def restore(folder, trial: Trial):
@@ -64,7 +66,7 @@ def test_resume_auto_takes_the_newest(run, trial):
 
 def test_resume_never_refuses_an_existing_run(run, trial):
     save(trial, 2)
-    with pytest.raises(CheckpointError, match="'never', but .*step_00000002 exists"):
+    with pytest.raises(CheckpointError, match=r"'never', but .*step_00000002 exists"):
         checkpoint.find(run.output, "never")
 
 
@@ -79,7 +81,9 @@ def test_truncated_file_is_named(run, trial, file):
     older, newer = save(trial, 2), save(trial, 4)
     path = newer / file
     path.write_bytes(path.read_bytes()[:-7])
-    with pytest.raises(CheckpointError, match=rf"damaged: {file} has .* bytes instead of .*step_00000002") as caught:
+    with pytest.raises(
+        CheckpointError, match=rf"damaged: {file} has .* bytes instead of .*step_00000002"
+    ) as caught:
         restore(newer, trial)
     assert str(older) in str(caught.value)
 
@@ -153,7 +157,8 @@ def test_a_killed_save_leaves_the_previous_one(run, tmp_path):
         from qrecipes.training import checkpoint
         trial = Trial.of(tiny_run("llm", None, output={run.output!r}))
         def save(step):
-            checkpoint.save(trial.run, step, trial.model, trial.optimizer, trial.data.state_dict(), trial.process)
+            state = trial.data.state_dict()
+            checkpoint.save(trial.run, step, trial.model, trial.optimizer, state, trial.process)
         trial.advance(1)
         save(1)
         checkpoint._sync = lambda path: os._exit(9)
@@ -169,17 +174,24 @@ def test_a_killed_save_leaves_the_previous_one(run, tmp_path):
     assert checkpoint.find(run.output, "auto").name == "step_00000002"
 
 
-@pytest.mark.skipif(os.geteuid() == 0 and not os.path.exists("/proc/self"), reason="needs a folder nobody can write")
+@pytest.mark.skipif(
+    os.geteuid() == 0 and not os.path.exists("/proc/self"), reason="needs a folder nobody can write"
+)
 def test_no_place_to_write_is_said(trial):
     trial.run = replace(trial.run, output="/proc/qrecipes")  # not even root can create a folder there
-    with pytest.raises(CheckpointError, match="cannot be written: .*earlier checkpoints are untouched"):
+    with pytest.raises(CheckpointError, match=r"cannot be written: .*earlier checkpoints are untouched"):
         save(trial, 2)
 
 
 def test_everything_loads_without_pickle(run, trial):
     """Only safetensors and JSON are in the folder."""
     folder = save(trial, 2)
-    assert sorted(p.suffix for p in folder.iterdir()) == [".json", ".safetensors", ".safetensors", ".safetensors"]
+    assert sorted(p.suffix for p in folder.iterdir()) == [
+        ".json",
+        ".safetensors",
+        ".safetensors",
+        ".safetensors",
+    ]
 
 
 def test_state_made_for_restoring_is_not_used_by_a_fresh_run(run):

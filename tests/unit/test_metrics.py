@@ -115,7 +115,9 @@ def test_tensorboard_gets_the_same_numbers(run):
 def test_a_missing_sink_names_its_extra(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     run = tiny_run("llm", None, output=run.output, log__progress=False, log__sinks=("wandb",))
-    with pytest.raises(ConfigError, match=r"'wandb' needs a package that is missing; pip install 'qrecipes\[wandb\]'"):
+    with pytest.raises(
+        ConfigError, match=r"'wandb' needs a package that is missing; pip install 'qrecipes\[wandb\]'"
+    ):
         Log(run, ALONE, 0, 1e6)
 
 
@@ -123,7 +125,9 @@ def test_several_sinks_at_once(run, monkeypatch):
     """A stand-in for wandb, since the real one needs an account."""
     logged = []
     fake = type(sys)("wandb")
-    session = type("Session", (), {"log": lambda self, d, step: logged.append((step, d["loss"])), "finish": lambda s: 0})
+    session = type(
+        "Session", (), {"log": lambda self, d, step: logged.append((step, d["loss"])), "finish": lambda s: 0}
+    )
     fake.init = lambda **_: session()
     monkeypatch.setitem(sys.modules, "wandb", fake)
     pytest.importorskip("tensorboard")

@@ -18,7 +18,9 @@ from qrecipes.transforms.base import ParamGroup
 
 def test_vectors_are_never_decayed():
     model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
-    optimizer = build_optimizer([ParamGroup("rest", list(model.parameters()))], OptimSection(weight_decay=0.3))
+    optimizer = build_optimizer(
+        [ParamGroup("rest", list(model.parameters()))], OptimSection(weight_decay=0.3)
+    )
     decays = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     assert decays == {id(p): (0.3 if p.ndim == 2 else 0.0) for p in model.parameters()}
 
@@ -26,7 +28,8 @@ def test_vectors_are_never_decayed():
 def test_a_group_may_state_its_own_decay_and_scale():
     p, q = nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(2))
     optimizer = build_optimizer(
-        [ParamGroup("scales", [p, q], lr_scale=0.1, weight_decay=0.0)], OptimSection(lr=1e-2, weight_decay=0.3)
+        [ParamGroup("scales", [p, q], lr_scale=0.1, weight_decay=0.0)],
+        OptimSection(lr=1e-2, weight_decay=0.3),
     )
     set_lr(optimizer, 1e-3)
     assert [(g["lr"], g["weight_decay"]) for g in optimizer.param_groups] == [(pytest.approx(1e-4), 0.0)]
@@ -42,7 +45,9 @@ def test_every_optimizer_minimizes(name):
     torch.manual_seed(0)
     layer = nn.Linear(64, 64)  # 4096 weights, the least that 8-bit moments quantize
     x, y = torch.randn(256, 64), torch.randn(256, 64)
-    optimizer = build_optimizer([ParamGroup("rest", list(layer.parameters()))], OptimSection(name=name, lr=1e-2))
+    optimizer = build_optimizer(
+        [ParamGroup("rest", list(layer.parameters()))], OptimSection(name=name, lr=1e-2)
+    )
     found = []
     for _ in range(10):
         loss = (layer(x) - y).square().mean()

@@ -39,7 +39,9 @@ def ragged_batches() -> list[Batch]:
 
 
 def run_step(model: nn.Module, batches: list[Batch], chain: Chain | None = None, clip_norm: float = 0.0):
-    optimizer = build_optimizer([ParamGroup("rest", list(model.parameters()))], OptimSection(name="sgd", lr=0.1))
+    optimizer = build_optimizer(
+        [ParamGroup("rest", list(model.parameters()))], OptimSection(name="sgd", lr=0.1)
+    )
     return train_step(model, optimizer, chain or Chain(), batches, TASK, 0, clip_norm, ALONE)
 
 
@@ -73,7 +75,9 @@ def test_clipping_scales_to_the_norm():
     norm = clip_gradients(model, 0.5)
     after = torch.cat([p.grad.flatten() for p in model.parameters()])
     torch.testing.assert_close(norm, before.norm())
-    torch.testing.assert_close(after.norm(), torch.tensor(0.5), rtol=1e-4, atol=0)  # torch adds 1e-6 to the norm
+    torch.testing.assert_close(
+        after.norm(), torch.tensor(0.5), rtol=1e-4, atol=0
+    )  # torch adds 1e-6 to the norm
 
 
 def test_a_clip_norm_of_zero_leaves_gradients_alone():

@@ -1,0 +1,1 @@
+"""Typed runs, and the TOML they are written in."""

@@ -1,0 +1,314 @@
+"""Every section of a run: frozen dataclasses with defaults and units.
+
+A field is documented by the string below it; the JSON Schema (`qrecipes schema`) carries those strings to
+editors. Rules about one field live in its annotation, rules across the fields of a section in
+`__post_init__`, rules against the rest of the run in the transform's `check`.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import ConfigDict, Field
+
+from qrecipes.errors import ConfigError
+from qrecipes.transforms.base import TransformConfig
+
+Scalar = bool | int | float | str
+PositiveInt = Annotated[int, Field(ge=1)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSection:
+    """Which model is built, and from which weights it starts."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    source: str
+    """`torchtune:BUILDER`, `torchtune:FAMILY.BUILDER` or `timm:NAME`, such as "torchtune:llama3_2_1b"."""
+    args: dict[str, Scalar | list[Scalar]] = field(default_factory=dict)
+    """Keyword arguments of the builder, such as `num_layers = 2` for a component builder."""
+    weights: str | None = None
+    """Folder with Hugging Face files (config.json and safetensors, whole or sharded), `asset:NAME` for
+    weights that ship with qrecipes, or a hub repository `OWNER/NAME`. Absent: random weights."""
+    init_std: PositiveFloat = 0.02
+    """Standard deviation of the random embeddings and linear weights of torchtune models; timm initializes
+    its own."""
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Type of the parameters; `auto` is bfloat16 on a GPU and float32 on a CPU."""
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"(torchtune|timm):\S+", self.source):
+            raise ConfigError(
+                f"model.source: {self.source!r} does not say which library builds the model; "
+                "write torchtune:BUILDER or timm:NAME"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskSection:
+    """What is learnt: the loss and the metrics of evaluation."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    kind: Literal["language_modeling", "classification"] = "language_modeling"
+    """`language_modeling` predicts the next token, `classification` the class of an image."""
+    label_smoothing: Fraction = 0.0
+    """Weight of the uniform distribution mixed into the targets while training."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerSection:
+    """How text becomes token numbers."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    kind: Literal["auto", "hf", "tiktoken", "sentencepiece", "bytes"] = "auto"
+    """`hf` reads tokenizer.json, `tiktoken` a file of ranks, `sentencepiece` a .model, `bytes` is UTF-8
+    itself (256 values, then the end of text, 256). `auto` tells by what `path` holds."""
+    path: str | None = None
+    """File or folder, `asset:NAME`, or a hub repository `OWNER/NAME`. Not used by `bytes`."""
+    pattern: Literal["cl100k", "gpt2", "llama3", "qwen2"] = "llama3"
+    """The regular expression that splits text before byte-pair encoding; tiktoken files do not carry it."""
+
+    def __post_init__(self) -> None:
+        if self.kind == "bytes" and self.path is not None:
+            raise ConfigError(
+                f"tokenizer.path: {self.path!r} has no use, bytes need no file; remove it, or change the kind"
+            )
+        if self.kind != "bytes" and not self.path:
+            raise ConfigError(
+                f'tokenizer.path: missing, and {self.kind!r} reads one; name a file, or set kind = "bytes"'
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSection:
+    """Where the batches come from."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    source: Literal["text", "tokens", "dataset", "images", "synthetic"]
+    """`text`: files of documents, tokenized here. `tokens`: tokenized `.bin` shards. `dataset`: a Hugging
+    Face `datasets` name or a local dataset script folder. `images`: a folder with one folder a class.
+    `synthetic`: random but learnable data, a function of the seed."""
+    files: tuple[str, ...] = ()
+    """Files, globs or `asset:` names of the training data; for `images` one folder; for `dataset` its name,
+    then optionally its configuration's name. Text: .txt, .jsonl or .parquet, each also as .xz or .gz."""
+    validation_files: tuple[str, ...] = ()
+    """The same for held-out data."""
+    validation_fraction: Fraction = 0.0
+    """Share of the training data's end that is held out where `validation_files` is empty."""
+    split: str = "train"
+    """Split of a Hugging Face dataset used for training."""
+    validation_split: str | None = None
+    """Split of a Hugging Face dataset that is held out."""
+    text_column: str = "text"
+    """Column or JSON key that holds a document."""
+    document_separator: str | None = None
+    """Line that separates documents in .txt files; absent, a .txt file is one document."""
+    streaming: bool = False
+    """Read a Hugging Face dataset as a stream, without downloading it whole."""
+    sequence_length: PositiveInt = 1024
+    """Tokens a sequence, the model's input; one more is read for the last target."""
+    batch_size: PositiveInt = 8
+    """Sequences or images a micro-batch on each rank."""
+    shuffle: bool = True
+    """Draw sequences in an order made from the run's seed, another one each epoch."""
+    token_dtype: Literal["uint16", "uint32"] = "uint16"
+    """Integer type of `.bin` shards without an index file."""
+    image_size: PositiveInt = 224
+    """Height and width of an image, in pixels."""
+    vocab_size: PositiveInt = 256
+    """Range of `synthetic` tokens."""
+    num_classes: PositiveInt = 10
+    """Number of classes of `synthetic` images."""
+    augment: bool = True
+    """Random crop and horizontal flip of training images."""
+
+    def __post_init__(self) -> None:
+        if self.source == "synthetic" and self.files:
+            raise ConfigError(
+                "data.files: synthetic data reads no files; set files = [], or choose another source"
+            )
+        if self.source != "synthetic" and not self.files:
+            raise ConfigError(
+                f"data.files: missing, and source {self.source!r} reads them; name at least one"
+            )
+        most = {"images": 1, "dataset": 2}.get(self.source, len(self.files))
+        if len(self.files) > most:
+            raise ConfigError(
+                f"data.files: {len(self.files)} values; source {self.source!r} takes "
+                + ("one folder" if most == 1 else "a name and at most one configuration's name")
+            )
+        if self.source != "dataset" and (self.streaming or self.validation_split is not None):
+            key = "streaming" if self.streaming else "validation_split"
+            raise ConfigError(f"data.{key}: only source 'dataset' has it, not {self.source!r}; remove it")
+        if self.streaming and self.validation_fraction:
+            raise ConfigError(
+                "data.validation_fraction: a stream has no known end; name a validation_split instead"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimSection:
+    """The optimizer, and what happens to gradients before it."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    name: Literal["adamw", "adamw8bit", "sgd"] = "adamw"
+    """`adamw8bit` is torchao's, with block-wise 8-bit moments."""
+    lr: PositiveFloat = 3e-4
+    """Peak learning rate."""
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    """Decay rates of AdamW's two moments; the first is the momentum of SGD."""
+    eps: PositiveFloat = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: NonNegativeFloat = 0.1
+    """Decoupled weight decay of matrices; vectors such as norms and biases are never decayed."""
+    clip_norm: NonNegativeFloat = 1.0
+    """Largest norm of the gradient of all trained parameters together; 0 leaves gradients alone."""
+    accumulate: PositiveInt = 1
+    """Micro-batches an optimizer step."""
+    fused: bool = True
+    """Use the fused kernel of AdamW and SGD on a GPU."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleSection:
+    """The learning rate as a function of the optimizer step."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    kind: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    """What follows the warm-up: a cosine or a line down to `final_ratio` at the last step; `wsd` (warm-up,
+    stable, decay) stays at the peak and falls along a line over the last `decay_steps`; `constant` stays."""
+    warmup_steps: NonNegativeInt = 0
+    """Optimizer steps of linear warm-up; the first step already has a rate above zero."""
+    decay_steps: NonNegativeInt = 0
+    """Optimizer steps of the fall of `wsd`."""
+    final_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """Learning rate of the last step as a share of the peak."""
+
+    def __post_init__(self) -> None:
+        if self.kind == "wsd" and not self.decay_steps:
+            raise ConfigError("schedule.decay_steps: 0 leaves wsd without its fall; set it to at least 1")
+        if self.kind != "wsd" and self.decay_steps:
+            raise ConfigError(
+                f"schedule.decay_steps: {self.decay_steps} has no use with kind {self.kind!r}; "
+                'set it to 0, or kind to "wsd"'
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelSection:
+    """How the model is compiled, recomputed and sharded."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    compile: bool = False
+    """Compile each block, and the loss, with `torch.compile`."""
+    checkpointing: Literal["none", "full", "selective"] = "none"
+    """Activation checkpointing: recompute every block, or every `selective_every`-th, in the backward
+    pass."""
+    selective_every: PositiveInt = 2
+    """With `selective`, every how many blocks one is recomputed."""
+    reshard_after_forward: bool = True
+    """FSDP2: free gathered parameters between forward and backward."""
+    reduce_dtype: Literal["float32", "bfloat16"] = "float32"
+    """FSDP2: type in which gradients are averaged over ranks."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointSection:
+    """When the whole state of a run is saved, and what it resumes from."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    every: NonNegativeInt = 0
+    """Optimizer steps between checkpoints; 0 saves at the end only."""
+    keep: PositiveInt = 2
+    """Newest checkpoints that are kept."""
+    resume: str = "auto"
+    """`auto` goes on from the newest checkpoint in `output` if there is one, `never` demands that there is
+    none, and anything else is the path of a checkpoint."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogSection:
+    """What is measured and where it is written."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    evaluate_every: NonNegativeInt = 0
+    """Optimizer steps between evaluations on held-out data; 0 evaluates before the first and after the last
+    only."""
+    evaluate_batches: NonNegativeInt = 0
+    """Most batches of one evaluation on each rank; 0 reads all held-out data."""
+    progress: bool = True
+    """Show a progress bar, or a line from time to time where the output is not a terminal."""
+    sinks: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """Where metrics go besides `metrics.jsonl`; several at once are fine."""
+    wandb_project: str = "qrecipes"
+    """Project of Weights & Biases."""
+    peak_tflops: PositiveFloat | None = None
+    """Peak bf16 rate of the device for the model FLOPs utilization (MFU), where the device is not in the
+    table."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportSection:
+    """What is written after the last step."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    at_end: bool = False
+    """Export the finished model into `output/export`, as `qrecipes export` does."""
+    huggingface: bool = True
+    """Also write a Hugging Face folder where the weights came from one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One training run; a TOML file holds exactly these keys."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    steps: PositiveInt
+    """Optimizer steps."""
+    seed: NonNegativeInt = 0
+    """Seed of the initial weights, of the data's order and of stochastic rounding."""
+    output: str = "runs/default"
+    """Folder for run.toml, metrics.jsonl, receipt.json, checkpoints and exports."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto` uses a GPU where there is one."""
+    model: ModelSection
+    """The model."""
+    task: TaskSection = field(default_factory=TaskSection)
+    """Loss and metrics."""
+    tokenizer: TokenizerSection | None = None
+    """Tokenizer of text data."""
+    data: DataSection
+    """Training and held-out data."""
+    optim: OptimSection = field(default_factory=OptimSection)
+    """Optimizer."""
+    schedule: ScheduleSection = field(default_factory=ScheduleSection)
+    """Learning rate."""
+    parallel: ParallelSection = field(default_factory=ParallelSection)
+    """Compilation, checkpointing, sharding."""
+    checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
+    """Saving and resuming."""
+    log: LogSection = field(default_factory=LogSection)
+    """Measuring."""
+    export: ExportSection = field(default_factory=ExportSection)
+    """Export after the last step."""
+    transform: tuple[TransformConfig, ...] = ()
+    """Low-precision methods, applied in order; each `[[transform]]` table's `name` says which."""
