@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 
 from qrecipes.cli.report import run_main
-from qrecipes.data.tokenizers import load_tokenizer
+from qrecipes.data.tokenizers import tokenizer_of
 from qrecipes.errors import ConfigError
 from qrecipes.generation import generate, load_model
 from qrecipes.parallel.process import pick_device
@@ -30,11 +30,12 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     args = parser.parse_args(argv)
     model, run = load_model(args.model, device=pick_device(args.device))
-    if run.tokenizer is None:
+    tokenizer = tokenizer_of(run)
+    if tokenizer is None:
         raise ConfigError(f"{args.model}: was trained without a tokenizer, so it has no text to generate")
     text = generate(
         model,
-        load_tokenizer(run.tokenizer),
+        tokenizer,
         args.prompt,
         max_tokens=args.max_tokens,
         temperature=args.temperature,

@@ -21,7 +21,7 @@ from qrecipes import load_export
 from qrecipes.cli.report import run_main
 from qrecipes.config import parse
 from qrecipes.config.run import Run
-from qrecipes.data.tokenizers import load_tokenizer
+from qrecipes.data.tokenizers import tokenizer_of
 from qrecipes.errors import ConfigError
 from qrecipes.export.store import load_run
 from qrecipes.generation import generate
@@ -79,9 +79,9 @@ def report(runs: dict[str, Run]) -> str:
     lines += ["", json.loads(Path(first.output, "receipt.json").read_text())["summary"], ""]
 
     export = Path(first.output) / "export"
-    if first.tokenizer is None:
+    tokenizer = tokenizer_of(first)
+    if tokenizer is None:
         raise ConfigError("tokenizer: the quickstart writes text, and so needs one")
-    tokenizer = load_tokenizer(first.tokenizer)
     original = build(first.model, dtype=torch.float32).eval()
     load_pretrained(original, first.model)
     trained = load_export(export)

@@ -15,7 +15,7 @@ from qrecipes.cli.report import run_main
 from qrecipes.config import parse
 from qrecipes.config.run import Run
 from qrecipes.data import build_data
-from qrecipes.data.tokenizers import load_tokenizer
+from qrecipes.data.tokenizers import tokenizer_of
 from qrecipes.errors import CheckpointError, TrainingError
 from qrecipes.models.build import build, resolve_dtype
 from qrecipes.models.weights import load_pretrained
@@ -54,7 +54,7 @@ def train(run: Run, process: Process) -> int:
     resume = checkpoint.find(run.output, run.checkpoint.resume)
     prepare_output(run, process)
 
-    tokenizer = load_tokenizer(run.tokenizer) if run.tokenizer is not None else None
+    tokenizer = tokenizer_of(run)
     data, held_out = build_data(
         run.data, tokenizer, task=run.task, seed=run.seed, rank=process.rank, world=process.world
     )

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from qrecipes.cli.main import main
 from qrecipes.config import parse
 from qrecipes.config.run import Run
 from qrecipes.data import Batch, TrainingData, build_training_data
@@ -121,3 +122,11 @@ def predict(model: nn.Module, batch: Batch) -> torch.Tensor:
         output = model.eval()(batch.inputs)
     model.train(was_training)
     return output
+
+
+def command_line(*arguments: str) -> int:
+    """Exit status of `qrecipes ARGUMENTS` in this process; a recipe ends by SystemExit."""
+    try:
+        return main(list(arguments))
+    except SystemExit as request:
+        return request.code or 0

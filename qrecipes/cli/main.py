@@ -12,8 +12,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from qrecipes import __version__
-from qrecipes.cli import launch, locate
+from qrecipes import __version__, locate
+from qrecipes.cli import launch
 from qrecipes.cli.report import exit_code
 from qrecipes.errors import ConfigError
 

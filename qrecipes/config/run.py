@@ -97,9 +97,10 @@ class DataSection:
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     source: Literal["text", "tokens", "dataset", "images", "synthetic"]
-    """`text`: files of documents, tokenized here. `tokens`: tokenized `.bin` shards. `dataset`: a Hugging
-    Face `datasets` name or a local dataset script folder. `images`: a folder with one folder a class.
-    `synthetic`: random but learnable data, a function of the seed."""
+    """`text`: files of documents, tokenized here. `tokens`: tokenized `.bin` shards. `dataset`: the name of a
+    Hugging Face dataset, or a local folder of .parquet, .jsonl, .csv or .txt files or of what `save_to_disk`
+    wrote. `images`: a folder with one folder a class. `synthetic`: random but learnable data, a function of
+    the seed."""
     files: tuple[str, ...] = ()
     """Files, globs or `asset:` names of the training data; for `images` one folder; for `dataset` its name,
     then optionally its configuration's name. Text: .txt, .jsonl or .parquet, each also as .xz or .gz."""

@@ -23,7 +23,7 @@ from torch import nn
 
 from qrecipes.config import parse
 from qrecipes.config.run import Run
-from qrecipes.data.tokenizers import load_tokenizer
+from qrecipes.data.tokenizers import tokenizer_of
 from qrecipes.errors import ExportError
 from qrecipes.models.build import build
 from qrecipes.models.weights import save_huggingface
@@ -92,8 +92,9 @@ def save(model: nn.Module, run: Run, destination: str | Path) -> Path:
         tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
         save_file(tensors, partial / TENSORS, metadata={"format": "pt"})
         (partial / RUN_FILE).write_text(parse.dump(run), encoding="utf-8")
-        if run.tokenizer is not None:
-            for file in load_tokenizer(run.tokenizer).files:
+        tokenizer = tokenizer_of(run)
+        if tokenizer is not None:
+            for file in tokenizer.files:
                 shutil.copyfile(file, partial / file.name)
         manifest = _manifest(model, run, tensors, partial)
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")

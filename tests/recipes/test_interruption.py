@@ -12,8 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-
-from qrecipes.cli.main import main
+from harness import command_line
 
 CONFIG = ["--config", "tiny/llm", "steps=60", "log.progress=false"]
 
@@ -42,6 +41,6 @@ def test_signal_saves_and_the_run_goes_on(tmp_path, number, status):
     (saved,) = (folder / "checkpoints").iterdir()
     assert int(saved.name.removeprefix("step_")) == max(losses(folder)) < 60
 
-    assert not main(["run", "train", *CONFIG, f"output={folder}"])
-    assert not main(["run", "train", *CONFIG, f"output={unbroken}"])
+    assert not command_line("run", "train", *CONFIG, f"output={folder}")
+    assert not command_line("run", "train", *CONFIG, f"output={unbroken}")
     assert losses(folder) == losses(unbroken)

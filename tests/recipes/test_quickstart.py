@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from harness import command_line
 
 from qrecipes import load_export
-from qrecipes.cli.main import main
 
 SHORT = [
     "steps=4",
@@ -26,7 +26,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("quickstart")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        assert not main(["run", "quickstart", *SHORT])
+        assert not command_line("run", "quickstart", *SHORT)
     return folder / "runs"
 
 
@@ -81,11 +81,11 @@ def test_transformers_loads_the_export_with_equal_logits(folder):
 
 def test_generate_continues_a_prompt(folder, capsys):
     command = ["generate", str(folder / "quickstart" / "export"), "--prompt", "Once upon a time"]
-    assert not main([*command, "--max-tokens", "12", "--temperature", "0", "--device", "cpu"])
+    assert not command_line(*command, "--max-tokens", "12", "--temperature", "0", "--device", "cpu")
     first = capsys.readouterr().out
     assert first.startswith("Once upon a time")
     assert len(first) > len("Once upon a time") + 8
-    main([*command, "--max-tokens", "12", "--temperature", "0", "--device", "cpu"])
+    command_line(*command, "--max-tokens", "12", "--temperature", "0", "--device", "cpu")
     assert capsys.readouterr().out == first
 
 

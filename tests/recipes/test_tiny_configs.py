@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from harness import command_line
 
 from qrecipes import load_export
-from qrecipes.cli.main import main
 from qrecipes.locate import shipped
 
 TINY = sorted(path.stem for path in (shipped("configs") / "tiny").glob("*.toml"))
@@ -21,7 +21,9 @@ def test_tiny_config_trains_exports_and_loads(name, tmp_path):
     if name.startswith("vit") and not importlib.util.find_spec("timm"):
         pytest.skip("needs timm")
     output = tmp_path / "run"
-    assert not main(["run", "train", "--config", f"tiny/{name}", f"output={output}", "export.at_end=true"])
+    assert not command_line(
+        "run", "train", "--config", f"tiny/{name}", f"output={output}", "export.at_end=true"
+    )
     rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     training = [row for row in rows if "loss" in row]
     held_out = [row for row in rows if "val_loss" in row]
@@ -36,8 +38,8 @@ def test_tiny_config_trains_exports_and_loads(name, tmp_path):
 
 def test_a_second_start_has_nothing_to_do(tmp_path, capfd):
     command = ["run", "train", "--config", "tiny/llm", f"output={tmp_path}/run", "steps=2"]
-    assert not main(command)
+    assert not command_line(*command)
     before = (Path(tmp_path) / "run" / "metrics.jsonl").read_text()
-    assert not main(command)
+    assert not command_line(*command)
     assert "all 2 steps were done before" in capfd.readouterr().err
     assert (Path(tmp_path) / "run" / "metrics.jsonl").read_text() == before

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import tomli
 
-from qrecipes import __version__
-from qrecipes.cli import launch, locate
+from qrecipes import __version__, locate
+from qrecipes.cli import launch
 from qrecipes.cli.main import main
 from qrecipes.config.parse import load
 

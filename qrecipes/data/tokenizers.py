@@ -1,0 +1,382 @@
+"""Tokenizers of four kinds behind one small interface: text <-> token numbers, and no special token unasked.
+
+Special tokens in a user's text are text: a document that spells out "</s>" does not end there. Decoding
+leaves special tokens out, and numbers that the tokenizer does not know, such as the padding of a model's
+vocabulary.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import tiktoken
+from huggingface_hub import snapshot_download
+from sentencepiece import SentencePieceProcessor
+from tokenizers import Tokenizer as TokenizersTokenizer
+
+from qrecipes.data.files import locate, open_file
+from qrecipes.errors import DataError
+
+if TYPE_CHECKING:
+    from qrecipes.config.run import Run, TokenizerSection
+
+Kind = Literal["hf", "tiktoken", "sentencepiece", "bytes"]
+
+_CL100K = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+PATTERNS: Mapping[str, str] = {
+    "gpt2": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+    "cl100k": _CL100K,
+    "llama3": _CL100K,
+    "qwen2": _CL100K.replace(r"\p{N}{1,3}", r"\p{N}"),  # one digit a token
+}
+"""How text is split before byte-pair encoding, as published with each tokenizer."""
+
+_LLAMA3_NAMES = (
+    "begin_of_text",
+    "end_of_text",
+    "reserved_special_token_0",
+    "reserved_special_token_1",
+    "finetune_right_pad_id",
+    "step_id",
+    "start_header_id",
+    "end_header_id",
+    "eom_id",
+    "eot_id",
+    "python_tag",
+    *(f"reserved_special_token_{i}" for i in range(2, 247)),
+)
+SPECIAL_TOKENS: Mapping[str, Mapping[str, int]] = {
+    "gpt2": {"<|endoftext|>": 0},
+    "cl100k": {
+        "<|endoftext|>": 1,
+        "<|fim_prefix|>": 2,
+        "<|fim_middle|>": 3,
+        "<|fim_suffix|>": 4,
+        "<|endofprompt|>": 20,
+    },
+    "llama3": {f"<|{name}|>": i for i, name in enumerate(_LLAMA3_NAMES)},
+    "qwen2": {"<|endoftext|>": 0, "<|im_start|>": 1, "<|im_end|>": 2},
+}
+"""Special tokens that go with each pattern: name -> distance of its number from the number of ranks."""
+
+_BEGINNINGS = ("<|begin_of_text|>", "<s>", "<bos>")
+_ENDS = ("<|end_of_text|>", "<|endoftext|>", "</s>", "<eos>")
+
+_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+_HUB_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "generation_config.json",
+    "config.json",
+    "*.model",
+    "*.tiktoken",
+)
+
+
+class Tokenizer(Protocol):
+    """Text <-> token numbers."""
+
+    vocab_size: int
+    """Largest token number + 1."""
+    bos_id: int | None
+    """Token that begins a document, None where documents begin with their first word."""
+    eos_id: int | None
+    """Token that ends a document."""
+    files: tuple[Path, ...]
+    """What must be copied for the tokenizer to be loaded elsewhere."""
+
+    def encode(self, text: str) -> list[int]:
+        """Tokens of `text`, none of them special."""
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of many texts at once, on several cores where the library can."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of `ids`; bytes that are no UTF-8 become U+FFFD."""
+
+
+class BytesTokenizer:
+    """UTF-8 itself: 256 values, and 256 for the end of a document."""
+
+    vocab_size = 257
+    bos_id: int | None = None
+    eos_id: int | None = 256
+    files: tuple[Path, ...] = ()
+
+    def encode(self, text: str) -> list[int]:
+        """The bytes of `text`."""
+        return list(text.encode("utf-8"))
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """The bytes of each text."""
+        return [self.encode(text) for text in texts]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text that the bytes spell."""
+        return bytes(i for i in ids if i < 256).decode("utf-8", errors="replace")
+
+
+class HFTokenizer:
+    """A `tokenizer.json`, with what the JSON files beside it say about beginning and end.
+
+    tokenizer_config.json comes first, then generation_config.json, then config.json; where none of them says
+    a word, the usual names are tried. Where tokenizer_config.json says `add_bos_token: false`, documents
+    begin with their first word.
+
+    Raises:
+        DataError: if the file is no tokenizer of the `tokenizers` library.
+    """
+
+    def __init__(self, path: Path) -> None:
+        try:
+            self._tokenizer = TokenizersTokenizer.from_file(str(path))
+        except Exception as error:  # the library's own type is Exception itself
+            raise DataError(f"{path}: not a tokenizer.json that `tokenizers` can read: {error}") from error
+        self._tokenizer.encode_special_tokens = True  # that is, as the text they are spelled with
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self.vocab_size = max(self._tokenizer.get_vocab().values(), default=-1) + 1
+        beside = (path, path.with_name("tokenizer_config.json"), path.with_name("special_tokens_map.json"))
+        self.files = tuple(file for file in beside if file.exists())
+        configs = [
+            _read_json(path.with_name(name))
+            for name in ("tokenizer_config.json", "generation_config.json", "config.json")
+        ]
+        begins = configs[0].get("add_bos_token", True)
+        self.bos_id = self._special("bos_token", configs, _BEGINNINGS) if begins else None
+        self.eos_id = self._special("eos_token", configs, _ENDS)
+
+    def encode(self, text: str) -> list[int]:
+        """Tokens of `text`."""
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Tokens of each text, on all cores unless TOKENIZERS_PARALLELISM says otherwise."""
+        return [e.ids for e in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of `ids` without special tokens."""
+        return self._tokenizer.decode([i for i in ids if i < self.vocab_size], skip_special_tokens=True)
+
+    def _special(self, key: str, configs: Sequence[dict[str, Any]], usual: Sequence[str]) -> int | None:
+        for config in configs:
+            if key in config:
+                token = config[key]
+                content = token.get("content") if isinstance(token, dict) else token
+                return None if content is None else self._tokenizer.token_to_id(content)
+            token_id = config.get(f"{key}_id")
+            if token_id is not None:
+                return token_id[0] if isinstance(token_id, list) else token_id
+        known = (self._tokenizer.token_to_id(name) for name in usual)
+        return next((i for i in known if i is not None), None)
+
+
+class TiktokenTokenizer:
+    """A file of byte-pair ranks, one `BASE64 RANK` a line, and the pattern that splits the text.
+
+    The special tokens are those published with the pattern, numbered from the number of ranks.
+
+    Raises:
+        DataError: naming the line that is no rank.
+    """
+
+    def __init__(self, path: Path, pattern: str) -> None:
+        # tiktoken's own loader caches by path and goes on giving a file that has been replaced.
+        ranks = _read_ranks(path)
+        special = {name: len(ranks) + distance for name, distance in SPECIAL_TOKENS[pattern].items()}
+        self._encoding = tiktoken.Encoding(
+            pattern, pat_str=PATTERNS[pattern], mergeable_ranks=ranks, special_tokens=special
+        )
+        self._num_ranks = len(ranks)
+        self.vocab_size = max(special.values()) + 1
+        self.bos_id = special.get("<|begin_of_text|>")
+        self.eos_id: int | None = special.get("<|endoftext|>", special.get("<|end_of_text|>"))
+        self.files: tuple[Path, ...] = (path,)
+
+    def encode(self, text: str) -> list[int]:
+        """Tokens of `text`."""
+        return self._encoding.encode_ordinary(text)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Tokens of each text, on all cores."""
+        return self._encoding.encode_ordinary_batch(list(texts), num_threads=os.cpu_count() or 1)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of `ids` without special tokens."""
+        return self._encoding.decode([i for i in ids if i < self._num_ranks])
+
+
+class SentencePieceTokenizer:
+    """A sentencepiece `.model`.
+
+    Raises:
+        DataError: if the file is no sentencepiece model.
+    """
+
+    def __init__(self, path: Path) -> None:
+        with open_file(path) as file:
+            model = file.read()
+        try:
+            self._processor = SentencePieceProcessor(model_proto=model)
+        except RuntimeError as error:
+            raise DataError(f"{path}: not a sentencepiece model: {error}") from error
+        self.vocab_size = self._processor.get_piece_size()
+        bos, eos = self._processor.bos_id(), self._processor.eos_id()
+        self.bos_id = bos if bos >= 0 else None
+        self.eos_id = eos if eos >= 0 else None
+        self.files: tuple[Path, ...] = (path,)
+
+    def encode(self, text: str) -> list[int]:
+        """Tokens of `text`."""
+        return self._processor.encode(text, out_type=int)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Tokens of each text, on all cores."""
+        return self._processor.encode(list(texts), out_type=int)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of `ids`; control symbols have none."""
+        return self._processor.decode([int(i) for i in ids if i < self.vocab_size])
+
+
+def load_tokenizer(section: TokenizerSection) -> Tokenizer:
+    """The tokenizer that a run's `[tokenizer]` asks for.
+
+    Raises:
+        ConfigError: if the path names an asset that does not exist.
+        DataError: if nothing that can be read is there.
+    """
+    if section.kind == "bytes":
+        return BytesTokenizer()
+    assert section.path is not None, section
+    path = _find(section.path)
+    kind, file = _choose(path, section.kind)
+    if kind == "hf":
+        return HFTokenizer(file)
+    if kind == "tiktoken":
+        return TiktokenTokenizer(file, section.pattern)
+    return SentencePieceTokenizer(file)
+
+
+def tokenizer_of(run: Run) -> Tokenizer | None:
+    """The tokenizer of a run; None where it names none, or its data, synthetic or images, has no text.
+
+    Raises as `load_tokenizer`.
+    """
+    if run.tokenizer is None or run.data.source in ("synthetic", "images"):
+        return None
+    return load_tokenizer(run.tokenizer)
+
+
+def _find(name: str) -> Path:
+    """An existing file or folder; a hub repository is downloaded, or taken from the hub's cache."""
+    path = locate(name)
+    if path.exists():
+        return path
+    if not _HUB_NAME.fullmatch(name):
+        raise DataError(
+            f"tokenizer.path: {name!r} does not exist (from {Path.cwd()}); name a tokenizer.json, a tiktoken "
+            "or "
+            "sentencepiece file, or a folder that holds one"
+        )
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(_HUB_FILES)))
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"tokenizer.path: {name!r} is no local file or folder, and as a repository of the Hugging Face "
+            "hub it "
+            f"cannot be had: {_first_line(error)}; check the name and the network, or name a local folder"
+        ) from error
+
+
+def _choose(path: Path, kind: str) -> tuple[str, Path]:
+    """Kind and file of the tokenizer at `path`, a file or a folder."""
+    if path.is_dir():
+        candidates = {
+            "hf": sorted(path.glob("tokenizer.json")),
+            "tiktoken": [*sorted(path.glob("tokenizer.model")), *sorted(path.glob("*.tiktoken"))],
+            "sentencepiece": sorted(path.glob("*.model")),
+        }
+        wanted = list(candidates) if kind == "auto" else [kind]
+        files = [file for name in wanted for file in candidates[name]]
+        if not files:
+            looked_for = {
+                "hf": "tokenizer.json",
+                "tiktoken": "tokenizer.model or *.tiktoken",
+                "sentencepiece": "*.model",
+            }
+            raise DataError(
+                f"tokenizer.path: {path} holds no tokenizer; looked for "
+                f"{', '.join(looked_for[name] for name in wanted)}; name the file itself, or another folder"
+            )
+        path = files[0]
+    return (kind if kind != "auto" else _sniff(path)), path
+
+
+def _sniff(path: Path) -> str:
+    if path.suffix == ".json":
+        return "hf"
+    if path.suffix == ".tiktoken":
+        return "tiktoken"
+    with open_file(path) as file:
+        first = file.readline(1024)
+    # Llama 3's tokenizer.model is a tiktoken file, Llama 2's a sentencepiece one.
+    if re.fullmatch(rb"[A-Za-z0-9+/=]+ \d+\s*", first):
+        return "tiktoken"
+    if path.suffix == ".model":
+        return "sentencepiece"
+    raise DataError(
+        f"tokenizer.path: cannot tell what {path} is; expected tokenizer.json, NAME.tiktoken or NAME.model, "
+        "or set "
+        "tokenizer.kind"
+    )
+
+
+def _read_ranks(path: Path) -> dict[bytes, int]:
+    ranks: dict[bytes, int] = {}
+    with open_file(path) as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                token, rank = line.split()
+                ranks[base64.b64decode(token, validate=True)] = int(rank)
+            except (ValueError, binascii.Error) as error:
+                raise DataError(
+                    f"{path}: line {number}: not `BASE64 RANK`; is it a tiktoken file?"
+                ) from error
+    if sorted(ranks.values()) != list(range(len(ranks))) or not ranks:
+        raise DataError(f"{path}: its {len(ranks)} ranks are not 0 to {len(ranks) - 1}; copy the file again")
+    lacking = [value for value in range(256) if bytes([value]) not in ranks]
+    if lacking:
+        raise DataError(
+            f"{path}: no rank for {len(lacking)} of the 256 bytes, such as 0x{lacking[0]:02x}; copy the file "
+            "again"
+        )
+    return ranks
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    with open_file(path) as file:
+        try:
+            content = json.load(file)
+        except ValueError as error:
+            raise DataError(f"{path}: not JSON: {error}") from error
+    return content if isinstance(content, dict) else {}
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
