@@ -34,7 +34,7 @@ quickstart: venv
 	$(BIN)/qrecipes run quickstart
 
 test: venv
-	$(PYTEST) -n 2 --dist worksteal tests
+	$(PYTEST) -n 2 --dist loadfile tests
 
 test-slow: venv
 	$(PYTEST) -m slow tests

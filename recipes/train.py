@@ -33,6 +33,9 @@ from qrecipes.training.step import train_step
 from qrecipes.training.task import Task
 from qrecipes.transforms.chain import Chain
 
+PROBE_TOKENS = 512
+"""Most tokens of the sequence that the probe runs: enough rows, and quick where a large model is on the CPU."""
+
 
 def main(argv: list[str]) -> int:
     """Train as the configuration says; the exit status is 130 or 143 after Ctrl-C or SIGTERM."""
@@ -67,7 +70,7 @@ def train(run: Run, process: Process) -> int:
     if run.model.weights is not None:
         load_pretrained(model, run.model)
     start = data.state_dict()
-    probe_batch = data.next_batch().rows(slice(0, 1)).to(home)
+    probe_batch = data.next_batch().head(1, PROBE_TOKENS).to(home)
     data.load_state_dict(start)
     model = chain.swap(model, loss=lambda m: task.loss(m, probe_batch), device=process.device)
     flops = training_flops(model, run.data.sequence_length)

@@ -1,9 +1,9 @@
 """Train shipped configurations for a few steps, one process each, and record speed, memory and losses as
 JSON.
 
-    tools/bench_run.py OUTPUT.json CASES
+    tools/bench_run.py CASES.toml [--output CASES.json]
 
-CASES is a TOML file of `[[case]]` tables with `title`, `config` and `overrides` (a list of
+CASES.toml is a TOML file of `[[case]]` tables with `title`, `config` and `overrides` (a list of
 section.key=value), and optionally `flags` (a list of torchrun flags). The median is over the steps after
 `warmup` (default 10).
 """
@@ -26,17 +26,17 @@ import tomli
 def main() -> int:
     """Run every case and print the table last."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("output", type=Path)
     parser.add_argument("cases", type=Path)
+    parser.add_argument("--output", type=Path, help="default: CASES with the suffix .json")
     parser.add_argument("--timeout", type=float, default=300, help="seconds for one case")
     args = parser.parse_args()
+    output = args.output or args.cases.with_suffix(".json")
+    command = f"tools/bench_run.py {args.cases}"
     cases = tomli.loads(args.cases.read_text())["case"]
     results = []
     for case in cases:
         results.append(run_case(case, args.timeout))
-        args.output.write_text(
-            json.dumps({"command": shlex.join(sys.argv), "results": results}, indent=1) + "\n"
-        )
+        output.write_text(json.dumps({"command": command, "results": results}, indent=1) + "\n")
     print(table(results))
     return int(any("failed" in result for result in results))
 

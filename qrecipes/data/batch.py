@@ -27,9 +27,11 @@ class Batch:
         """The same batch on `device`."""
         return Batch(self.inputs.to(device, non_blocking=True), self.targets.to(device, non_blocking=True))
 
-    def rows(self, rows: slice) -> Batch:
-        """Some of the batch's rows, as views."""
-        return Batch(self.inputs[rows], self.targets[rows])
+    def head(self, rows: int, length: int) -> Batch:
+        """The first rows, and the first `length` tokens of each where they are tokens; as views."""
+        if self.inputs.ndim == 2:
+            return Batch(self.inputs[:rows, :length], self.targets[:rows, :length])
+        return Batch(self.inputs[:rows], self.targets[:rows])
 
     def count(self) -> int:
         """Number of targets that count; on a GPU this waits for the device, so ask before `to`."""

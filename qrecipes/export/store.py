@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from qrecipes import __version__
 from qrecipes.config import parse
 from qrecipes.config.run import Run
 from qrecipes.data.tokenizers import tokenizer_of
@@ -109,7 +109,7 @@ def _manifest(model: nn.Module, run: Run, tensors: dict[str, torch.Tensor], fold
     layers = {fqn: type(m).__name__ for fqn, m in model.named_modules() if hasattr(m, "in_features")}
     return {
         "format": FORMAT,
-        "written_by": f"qrecipes {metadata.version('qrecipes')}, torch {torch.__version__}",
+        "written_by": f"qrecipes {__version__}, torch {torch.__version__}",
         "model": {"source": run.model.source, "args": run.model.args},
         "parameter_dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
         "parameters": sum(t.numel() for t in tensors.values()),

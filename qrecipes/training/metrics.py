@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from qrecipes import __version__
 from qrecipes.errors import ConfigError, TrainingError
 from qrecipes.models.view import ModelView
 from qrecipes.parallel.process import Process
@@ -89,8 +90,8 @@ def peak_memory(device: torch.device) -> int:
 
 def environment(process: Process) -> dict[str, Any]:
     """Versions, device and command: what a number of this run needs to be understood."""
-    versions = {}
-    for name in ("qrecipes", "torch", "torchao", "torchtune", "triton", "timm"):
+    versions = {"qrecipes": __version__}
+    for name in ("torch", "torchao", "torchtune", "triton", "timm"):
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
