@@ -34,7 +34,7 @@ from qrecipes.training.task import Task
 from qrecipes.transforms.chain import Chain
 
 PROBE_TOKENS = 512
-"""Most tokens of the sequence that the probe runs: enough rows, and quick where a large model is on the CPU."""
+"""Most tokens of the sequence that the probe runs: enough rows, and quick for a large model on the CPU."""
 
 
 def main(argv: list[str]) -> int:
