@@ -41,8 +41,16 @@ def generate(
     A temperature of 0 takes the likeliest token each time. The whole text is computed anew for each token.
 
     Raises:
-        ConfigError: if the model is no torchtune decoder, or the text would exceed its length.
+        ConfigError: if a number is out of range, the model is no torchtune decoder, or the text would exceed
+            its length.
     """
+    for name, value, least in (
+        ("max_tokens", max_tokens, 1),
+        ("temperature", temperature, 0),
+        ("top_k", top_k, 1),
+    ):
+        if value is not None and value < least:
+            raise ConfigError(f"{name}: {value} is out of range; must be at least {least}")
     limit = getattr(model, "max_seq_len", None)
     if limit is None:
         raise ConfigError(f"{type(model).__name__} generates no text; generate needs a torchtune decoder")
@@ -65,7 +73,7 @@ def generate(
         model,
         torch.tensor(ids, device=device),
         max_generated_tokens=max_tokens,
-        pad_id=stop[0] if stop else 0,
+        pad_id=-1,  # one prompt needs no padding, and any real token would be masked where the prompt has it
         temperature=temperature or 1.0,
         top_k=top_k if temperature else 1,
         stop_tokens=stop or None,

@@ -10,6 +10,7 @@ runs.
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -38,20 +39,40 @@ def main(argv: list[str]) -> int:
     if argv[:1] in (["-h"], ["--help"]):
         print(__doc__)
         return 0
+    for override in argv:
+        if override.startswith(("output=", "transform")):
+            raise ConfigError(
+                f"{override}: the quickstart's two runs differ in just that; use `qrecipes run train`"
+            )
     runs = {title: parse.load(config, argv) for title, config in CONFIGS.items()}
     train = shipped("recipes") / "train.py"
     for title, config in CONFIGS.items():
         set_aside(Path(runs[title].output))
         print(f"\n== {title}: qrecipes run train --config {config}", file=sys.stderr)
         # a process each, so that the memory of one is not counted for the other
-        finished = subprocess.run([sys.executable, str(train), "--config", config, *argv], check=False)
-        if finished.returncode:
-            return finished.returncode
+        status = run_to_its_end([sys.executable, str(train), "--config", config, *argv])
+        if status:
+            return status
     print(report(runs))
     return 0
 
 
 CONFIGS = {"INT8 mixed precision": "quickstart", "baseline": "quickstart_baseline"}
+
+
+def run_to_its_end(command: list[str]) -> int:
+    """Exit status of a command that is given the time to save when it is interrupted."""
+    child = subprocess.Popen(command)
+    # a terminal's Ctrl-C reaches the child by itself; SIGTERM is passed on
+    before = {
+        signal.SIGINT: signal.signal(signal.SIGINT, lambda *_: None),
+        signal.SIGTERM: signal.signal(signal.SIGTERM, lambda number, _: child.send_signal(number)),
+    }
+    try:
+        return child.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def set_aside(output: Path) -> None:

@@ -6,6 +6,7 @@ qrecipes run [torchrun flags] train --config NAME_OR_PATH section.key=value ...
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from qrecipes.config import parse
 from qrecipes.config.run import Run
 from qrecipes.data import build_data
 from qrecipes.data.tokenizers import tokenizer_of
-from qrecipes.errors import CheckpointError, TrainingError
+from qrecipes.errors import TrainingError
 from qrecipes.models.build import build, resolve_dtype
 from qrecipes.models.weights import load_pretrained
 from qrecipes.parallel import process as processes
@@ -43,7 +44,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--config", required=True, help="shipped name or path of a TOML file")
     parser.add_argument("overrides", nargs="*", help="section.key=value, values as in TOML")
     args = parser.parse_args(argv)
-    run = parse.load(args.config, args.overrides)
+    run = parse.load(args.config, args.overrides, check_model=True)
     process = processes.start(run.device)
     try:
         return train(run, process)
@@ -65,8 +66,10 @@ def train(run: Run, process: Process) -> int:
     seed_building(run.seed)
     home = process.device if process.mesh is None else torch.device("cpu")  # sharding moves each rank's part
     model = build(run.model, dtype=resolve_dtype(run.model, process.device), device=home)
-    task = Task(run.task, compile=run.parallel.compile)
-    task.check_fits(model, tokenizer.vocab_size if tokenizer is not None else None, data.max_token())
+    task = Task(run.task)
+    largest = [source.max_token() for source in (data, held_out) if source is not None]
+    vocabulary = tokenizer.vocab_size if tokenizer is not None else None
+    task.check_fits(model, vocabulary, max((n for n in largest if n is not None), default=None))
     if run.model.weights is not None:
         load_pretrained(model, run.model)
     start = data.state_dict()
@@ -74,6 +77,7 @@ def train(run: Run, process: Process) -> int:
     data.load_state_dict(start)
     model = chain.swap(model, loss=lambda m: task.loss(m, probe_batch), device=process.device)
     flops = training_flops(model, run.data.sequence_length)
+    task = Task(run.task, compile=run.parallel.compile)  # only now: the probe's shape is not the run's
     model = parallelize(model, run.parallel, process)
     model.to(process.device)
     optimizer = build_optimizer(chain.param_groups(model), run.optim)
@@ -84,12 +88,17 @@ def train(run: Run, process: Process) -> int:
         first_step, data_state = checkpoint.restore(resume, run, model, optimizer, process)
         data.load_state_dict(data_state)
     if process.is_main:
-        write_identity(run, chain.receipt, environment(process))
+        if resume is None or first_step < run.steps:
+            write_identity(run, chain.receipt, environment(process))
         print(chain.receipt.summary(), file=sys.stderr)
         if resume is not None:
+            for folder in checkpoint.set_aside_after(run.output, first_step):
+                print(f"later than {resume.name}, and so set aside: {folder}", file=sys.stderr)
             print(f"resumed from {resume}, {first_step} of {run.steps} steps done", file=sys.stderr)
 
-    last_good, signal = resume, 0
+    signal = 0
+    if process.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(process.device)
     with Log(run, process, first_step, flops) as log, Interruption(process) as interruption:
 
         def judge(step: int) -> None:
@@ -98,11 +107,10 @@ def train(run: Run, process: Process) -> int:
                 log.write({"step": step} | evaluate(model, held_out, task, process, run.log.evaluate_batches))
             log.restart_clock()
 
-        def save(step: int) -> Path:
+        def save(step: int) -> None:
             log.flush()
-            path = checkpoint.save(run, step, model, optimizer, data.state_dict(), process)
+            checkpoint.save(run, step, model, optimizer, data.state_dict(), process)
             log.restart_clock()
-            return path
 
         model.train()
         if first_step == 0:
@@ -122,15 +130,16 @@ def train(run: Run, process: Process) -> int:
                 signal = interruption.received()
                 every = run.checkpoint.every
                 if signal or (every and done % every == 0) or done == run.steps:
-                    last_good = save(done)
+                    save(done)
                 if signal:
                     break
         except TrainingError as error:
-            where = f"the last good checkpoint is {last_good}" if last_good else "there is no checkpoint yet"
+            where = last_good_checkpoint(run, log.confirmed_step - 1, process)
             raise TrainingError(
                 f"{error}; {where}; lower optim.lr, set optim.clip_norm, or look at the data of that step"
             ) from error
-        if not signal and first_step < run.steps:
+        judged = process.is_main and first_step >= run.steps and was_judged(run)
+        if not signal and not process.largest(judged):
             judge(run.steps)
     if signal:
         if process.is_main:
@@ -142,10 +151,27 @@ def train(run: Run, process: Process) -> int:
     if first_step >= run.steps and process.is_main:
         print(f"{run.output}: all {run.steps} steps were done before; nothing to train", file=sys.stderr)
     if run.export.at_end:
-        if process.is_main and last_good is None:
-            raise CheckpointError(f"{run.output}: there is no checkpoint to export")
         export_in_this_process(run, process)
     return 0
+
+
+def last_good_checkpoint(run: Run, step: int, process: Process) -> str:
+    """Which checkpoint is the newest that a finite loss came after; later ones are set aside.
+
+    A loss is measured before its step's update, so a checkpoint is known to be good only one step later.
+    """
+    if process.is_main:
+        checkpoint.set_aside_after(run.output, step)
+    process.barrier()
+    good = checkpoint.list_checkpoints(run.output)
+    return f"the last good checkpoint is {good[-1]}" if good else "there is no good checkpoint"
+
+
+def was_judged(run: Run) -> bool:
+    """Whether the finished run's last evaluation is on record; a kill may have come before it."""
+    path = Path(run.output, "metrics.jsonl")
+    rows = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return any(row.get("step") == run.steps and "val_loss" in row for row in map(json.loads, rows))
 
 
 def export_in_this_process(run: Run, process: Process) -> None:
@@ -153,7 +179,7 @@ def export_in_this_process(run: Run, process: Process) -> None:
     from qrecipes.export.store import export_run
 
     if process.is_main:
-        for path in export_run(Path(run.output), huggingface=run.export.huggingface):
+        for path in export_run(Path(run.output), step=run.steps, huggingface=run.export.huggingface):
             print(f"exported to {path}", file=sys.stderr)
     process.barrier()
 

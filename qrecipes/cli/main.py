@@ -96,7 +96,7 @@ def _check(args: argparse.Namespace) -> int:
     failed = False
     for path in paths:
         try:
-            run = load(path, overrides)
+            run = load(path, overrides, check_model=True)
         except ConfigError as error:
             print(error, file=sys.stderr)
             failed = True

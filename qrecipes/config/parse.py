@@ -24,6 +24,7 @@ from qrecipes.config.rules import check
 from qrecipes.config.run import Run
 from qrecipes.config.schema import meanings, schema
 from qrecipes.errors import ConfigError
+from qrecipes.models.build import check_source
 from qrecipes.transforms import REGISTRY, TransformConfig
 from qrecipes.transforms.base import transform_for
 
@@ -51,13 +52,14 @@ class _Source:
         return ConfigError("\n".join(f"{self.place(problem.path)}: {problem}" for problem in problems))
 
 
-def load(name_or_path: str, overrides: Sequence[str] = ()) -> Run:
+def load(name_or_path: str, overrides: Sequence[str] = (), *, check_model: bool = False) -> Run:
     """The run that a file, or a shipped name, and overrides describe.
 
     An override is `section.key=value` with a TOML literal: `optim.lr=3e-4`, `data.files=["a", "b"]`,
     `transform.0.rank=64`. What is no literal is a string, so that `output=runs/mine` needs no quotes, unless
     it opens like one (a quote or a bracket). `transform.1.name=...` adds a table where there is one already,
-    and `transform=[]` removes them all.
+    and `transform=[]` removes them all. `check_model` also asks the model's library whether it has
+    the builder and takes the arguments, which imports it.
 
     Raises:
         ConfigError: with a line for each problem.
@@ -71,7 +73,7 @@ def load(name_or_path: str, overrides: Sequence[str] = ()) -> Run:
             problems.append(f"command line: {override}: {error}")
     if problems:
         raise ConfigError("\n".join(problems))
-    return _decode(source)
+    return _decode(source, check_model)
 
 
 def resolve_path(name_or_path: str) -> Path:
@@ -214,7 +216,7 @@ def _override_value(text: str) -> Any:
     return text
 
 
-def _decode(source: _Source) -> Run:
+def _decode(source: _Source, check_model: bool) -> Run:
     hints = get_type_hints(Run, include_extras=True)
     problems = [Problem((key,), _unknown_run_key(key)) for key in source.table if key not in hints]
     values: dict[str, Any] = {}
@@ -234,6 +236,8 @@ def _decode(source: _Source) -> Run:
     try:
         run = Run(**values)
         check(run)
+        if check_model:
+            check_source(run.model)
     except ConfigError as error:
         raise source.error([attribute(line, (), list(hints)) for line in str(error).splitlines()]) from error
     return run

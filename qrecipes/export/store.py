@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from qrecipes.config.run import Run
 from qrecipes.data.tokenizers import tokenizer_of
 from qrecipes.errors import ExportError
 from qrecipes.models.build import build
-from qrecipes.models.weights import save_huggingface
+from qrecipes.models.weights import locate, save_huggingface
 from qrecipes.parallel.process import Process
 from qrecipes.training import checkpoint
 from qrecipes.training.output import RUN_FILE, read_run
@@ -60,11 +61,19 @@ def load_run(
         )
     checkpoint.read_state(wanted[0])
     dtype = _stored_dtype(wanted[0] / checkpoint.MODEL)
-    model = build(run.model, dtype=dtype, device=device)
+    model = _build_empty(run, dtype, device)
     chain = Chain.from_configs(run.transform)
     model = chain.swap(model)
     checkpoint.load_model(wanted[0], model, _ALONE)
     return chain.finalize(model).eval(), run
+
+
+def _build_empty(run: Run, dtype: torch.dtype, device: str | torch.device) -> nn.Module:
+    """The run's model with any values; nothing is downloaded, and the random state is put back."""
+    args = {key: value for key, value in run.model.args.items() if key != "pretrained"}
+    devices = [device] if torch.device(device).type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        return build(replace(run.model, args=args), dtype=dtype, device=device)
 
 
 def _stored_dtype(path: Path) -> torch.dtype:
@@ -83,20 +92,23 @@ def save(model: nn.Module, run: Run, destination: str | Path) -> Path:
         ExportError: if the folder exists and is no export, or cannot be written.
     """
     destination = Path(destination)
+    if destination.is_file():
+        raise ExportError(f"{destination}: is a file, and an export is a folder; give another --output")
     if destination.exists() and any(destination.iterdir()) and not (destination / MANIFEST).is_file():
         raise ExportError(f"{destination}: exists and is no export; give another --output, or remove it")
     partial = destination.with_name(destination.name + ".partial")
+    tensors = _unshared(model.state_dict())
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
         save_file(tensors, partial / TENSORS, metadata={"format": "pt"})
         (partial / RUN_FILE).write_text(parse.dump(run), encoding="utf-8")
         tokenizer = tokenizer_of(run)
-        if tokenizer is not None:
-            for file in tokenizer.files:
-                shutil.copyfile(file, partial / file.name)
+        tokenizer_files = () if tokenizer is None else tokenizer.files
+        for file in tokenizer_files:
+            shutil.copyfile(file, partial / file.name)
         manifest = _manifest(model, run, tensors, partial)
+        manifest["tokenizer_files"] = [file.name for file in tokenizer_files]
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
         shutil.rmtree(destination, ignore_errors=True)
         partial.rename(destination)
@@ -105,18 +117,34 @@ def save(model: nn.Module, run: Run, destination: str | Path) -> Path:
     return destination
 
 
+def _unshared(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors on the CPU, each with memory of its own, as safetensors wants them."""
+    seen: set[int] = set()
+    apart = {}
+    for name, tensor in tensors.items():
+        value = tensor.detach().cpu().contiguous()
+        apart[name] = value.clone() if value.data_ptr() in seen else value
+        seen.add(value.data_ptr())
+    return apart
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def _manifest(model: nn.Module, run: Run, tensors: dict[str, torch.Tensor], folder: Path) -> dict[str, Any]:
     layers = {fqn: type(m).__name__ for fqn, m in model.named_modules() if hasattr(m, "in_features")}
     return {
         "format": FORMAT,
         "written_by": f"qrecipes {__version__}, torch {torch.__version__}",
         "model": {"source": run.model.source, "args": run.model.args},
-        "parameter_dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+        "parameter_dtype": str(_stored_dtype(folder / TENSORS)).removeprefix("torch."),
         "parameters": sum(t.numel() for t in tensors.values()),
         "bytes": sum(t.numel() * t.element_size() for t in tensors.values()),
         "transforms": sorted({type(config).__name__ for config in run.transform}),
         "linear_layers": {kind: list(layers.values()).count(kind) for kind in sorted(set(layers.values()))},
-        "sha256": {TENSORS: hashlib.sha256((folder / TENSORS).read_bytes()).hexdigest()},
+        "sha256": {TENSORS: _sha256(folder / TENSORS)},
     }
 
 
@@ -135,21 +163,31 @@ def load_export_and_run(path: str | Path, *, device: str | torch.device = "cpu")
     """`load_export`, and the run that the export came from."""
     folder = Path(path)
     manifest = _read_manifest(folder)
-    run = read_run(folder)
+    run = _with_own_tokenizer(read_run(folder), folder, manifest)
     try:
         tensors = load_file(folder / TENSORS, device=str(device))
     except (OSError, SafetensorError) as error:
         raise ExportError(f"{folder / TENSORS}: cannot be read: {error}; export again") from error
-    digest = hashlib.sha256((folder / TENSORS).read_bytes()).hexdigest()
-    if digest != manifest["sha256"][TENSORS]:
+    if _sha256(folder / TENSORS) != manifest["sha256"][TENSORS]:
         raise ExportError(
             f"{folder / TENSORS}: was changed since it was written (its SHA-256 differs); export again"
         )
-    model = build(run.model, dtype=getattr(torch, manifest["parameter_dtype"]), device=device)
+    model = _build_empty(run, getattr(torch, manifest["parameter_dtype"]), device)
     chain = Chain.from_configs(run.transform)
     model = chain.finalize(chain.swap(model))
     model.load_state_dict(tensors, assign=True)
     return model.eval(), run
+
+
+def _with_own_tokenizer(run: Run, folder: Path, manifest: dict[str, Any]) -> Run:
+    """The run with the tokenizer's path in the export, which may be all that is left of it."""
+    files = manifest["tokenizer_files"]
+    if run.tokenizer is None or run.tokenizer.path is None or not files:
+        return run
+    name = Path(run.tokenizer.path).name
+    return replace(
+        run, tokenizer=replace(run.tokenizer, path=str(folder / name if name in files else folder))
+    )
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
@@ -201,7 +239,5 @@ def export_run(
 
 def huggingface_source(weights: str) -> Path | None:
     """The folder with config.json that `model.weights` names, or None where it is another kind of weights."""
-    from qrecipes.assets import resolve
-
-    folder = resolve(weights)
+    folder = locate(weights)
     return folder if (folder / "config.json").is_file() else None

@@ -85,6 +85,15 @@ def build(section: ModelSection, *, dtype: torch.dtype, device: torch.device | s
     return model
 
 
+def check_source(section: ModelSection) -> None:
+    """Raise ConfigError where `build` would refuse the source or its arguments; allocates nothing."""
+    kind, _, name = section.source.partition(":")
+    if kind == "torchtune":
+        _torchtune_model(name, section.args)
+    else:
+        build(section, dtype=torch.float32, device="meta")
+
+
 def resolve_dtype(section: ModelSection, device: torch.device | str) -> torch.dtype:
     """The type of the parameters: `section.dtype`, where "auto" is bfloat16 on a GPU, float32 elsewhere."""
     if section.dtype == "auto":

@@ -6,8 +6,7 @@ compiled block. Nothing is wrapped, so names in state dicts stay those of the bu
 
 from __future__ import annotations
 
-import functools
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -39,7 +38,13 @@ def parallelize(model: nn.Module, parallel: ParallelSection, process: Process) -
 
 def recompute(block: nn.Module) -> None:
     """Keep only the block's inputs for the backward pass, in which its forward runs a second time."""
-    block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
+    forward = block.forward
+
+    # a plain function: Dynamo skips a functools.partial of checkpoint, and would not compile the block
+    def recomputed(*args: Any, **kwargs: Any) -> Any:
+        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+    block.forward = recomputed  # type: ignore[method-assign]
 
 
 def shard(model: nn.Module, blocks: list[nn.Module], parallel: ParallelSection, process: Process) -> None:

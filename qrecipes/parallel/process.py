@@ -50,6 +50,14 @@ class Process:
         dist.all_reduce(value, op=dist.ReduceOp.MAX)
         return int(value)
 
+    def any_rank(self, flags: list[bool]) -> list[bool]:
+        """Each flag, true where it is on any rank. Over the CPU's backend."""
+        if self.mesh is None or not flags:
+            return flags
+        values = torch.tensor(flags, dtype=torch.int32)
+        dist.all_reduce(values, op=dist.ReduceOp.MAX)
+        return [bool(value) for value in values]
+
     def barrier(self) -> None:
         """Wait for all ranks."""
         if self.mesh is not None:

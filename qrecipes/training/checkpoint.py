@@ -71,6 +71,22 @@ def find(output: str | Path, resume: str) -> Path | None:
     return path
 
 
+def step_of(folder: Path) -> int:
+    """The step after which a checkpoint was written, from its name."""
+    return int(folder.name.removeprefix("step_"))
+
+
+def set_aside_after(output: str | Path, step: int) -> list[Path]:
+    """Rename the checkpoints of later steps, so that nothing takes them for the newest; their new names."""
+    renamed = []
+    for folder in list_checkpoints(output):
+        if step_of(folder) > step:
+            target = folder.with_name(f"aside_{folder.name}")
+            shutil.rmtree(target, ignore_errors=True)
+            renamed.append(folder.rename(target))
+    return renamed
+
+
 def fingerprint(run: Run, world: int) -> dict[str, Any]:
     """What of a run must be equal for a checkpoint to fit it, flat, by dotted key."""
     shape = {
@@ -82,6 +98,13 @@ def fingerprint(run: Run, world: int) -> dict[str, Any]:
         "data.source": run.data.source,
         "data.files": list(run.data.files),
         "data.sequence_length": run.data.sequence_length,
+        "data.shuffle": run.data.shuffle,
+        "data.augment": run.data.augment,
+        "data.split": run.data.split,
+        "data.text_column": run.data.text_column,
+        "data.document_separator": run.data.document_separator,
+        "task.label_smoothing": run.task.label_smoothing,
+        "tokenizer": None if run.tokenizer is None else asdict(run.tokenizer),
         "sequences a step (data.batch_size x optim.accumulate x ranks)": (
             run.data.batch_size * run.optim.accumulate * world
         ),
@@ -108,7 +131,7 @@ def save(
         _reporting_os_errors(partial, lambda: _empty(partial))
     process.barrier()
     shared, own = _collect(model, optimizer, process)
-    own |= _random_state(process)
+    own |= _random_state(process)  # last: nothing above draws from it
     rank_file = partial / f"rank_{process.rank:05d}.safetensors"
     _reporting_os_errors(partial, lambda: save_file(own, rank_file))
     process.barrier()
@@ -131,8 +154,9 @@ def _collect(
     shared: dict[str, dict[str, Tensor]] = {MODEL: {}, OPTIMIZER: {}}
     own: dict[str, Tensor] = {}
     for file, tensors in ((MODEL, model.state_dict()), (OPTIMIZER, _optimizer_tensors(model, optimizer))):
-        for name, tensor in tensors.items():
-            if is_composite(tensor):
+        composite = process.any_rank([is_composite(tensor) for tensor in tensors.values()])
+        for (name, tensor), apart in zip(tensors.items(), composite, strict=True):
+            if apart:
                 own |= {f"{file}{_PART}{name}{_PART}{part}": _on_cpu(t) for part, t in parts(tensor).items()}
                 continue
             value = whole(tensor)
@@ -186,12 +210,20 @@ def _publish(
     for path in partial.iterdir():
         _sync(path)
     if final.exists():  # the same step once more, such as after resuming from an older one
-        shutil.rmtree(final)
+        _remove(final)
     partial.rename(final)
     _sync(final.parent)
     for old in list_checkpoints(run.output)[: -run.checkpoint.keep]:
         if old != final:
-            shutil.rmtree(old)
+            _remove(old)
+
+
+def _remove(folder: Path) -> None:
+    """Delete a checkpoint so that a kill on the way leaves none that looks finished."""
+    doomed = folder.with_name(f"{folder.name}.deleted")
+    shutil.rmtree(doomed, ignore_errors=True)
+    folder.rename(doomed)
+    shutil.rmtree(doomed)
 
 
 def _sync(path: Path) -> None:
@@ -329,7 +361,7 @@ def _restore_tensors(folder: Path, file: str, targets: dict[str, Tensor], own: d
     saved = _load(folder / file)
     problems = []
     for name, target in targets.items():
-        if is_composite(target):
+        if is_composite(target) or f"{file}{_PART}{name}{_PART}" in own:
             problems += _restore_parts(f"{file}{_PART}{name}", target, own)
         elif name not in saved:
             if file == MODEL:

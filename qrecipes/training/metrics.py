@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import platform
+import re
 import resource
 import sys
 import time
@@ -53,7 +54,7 @@ def peak_tflops(device: torch.device, stated: float | None = None) -> float | No
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((rate for part, rate in PEAK_TFLOPS.items() if part in name), None)
+    return next((rate for part, rate in PEAK_TFLOPS.items() if re.search(rf"\b{part}\b", name)), None)
 
 
 def training_flops(model: nn.Module, sequence_length: int) -> float | None:
@@ -125,7 +126,8 @@ class Log:
         )
         self._pending: tuple[int, float, StepReport] | None = None
         self._last_read = time.perf_counter()
-        self._items_seen = 0
+        self.confirmed_step = first_step
+        """The last step whose loss and gradient were found finite: checkpoints of earlier steps are good."""
         self._file = None
         self._sinks: list[Callable[[dict[str, Any]], None]] = []
         self._closers: list[Callable[[], None]] = []
@@ -133,7 +135,7 @@ class Log:
             return
         output = Path(run.output)
         path = output / "metrics.jsonl"
-        keep_until(path, first_step)
+        keep_until(path, first_step if first_step else -1)
         self._file = path.open("a", encoding="utf-8")
         self._closers.append(self._file.close)
         if run.log.progress:
@@ -185,7 +187,6 @@ class Log:
         loss, grad_norm, items = float(report.loss), float(report.grad_norm), int(report.targets)
         now = time.perf_counter()
         seconds, self._last_read = max(now - self._last_read, 1e-9), now
-        self._items_seen += items
         rate = items / seconds
         line = {
             "step": step,
@@ -204,6 +205,7 @@ class Log:
         self.write(line)
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             raise TrainingError(f"step {step}: loss is {loss}, gradient norm {grad_norm}")
+        self.confirmed_step = step
 
     def write(self, line: dict[str, Any]) -> None:
         """Write one line of metrics to every sink."""

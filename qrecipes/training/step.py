@@ -60,7 +60,7 @@ def train_step(
     if not ctx.skip_update:
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return StepReport(process.sum(loss_sum) / targets, grad_norm, targets, ctx.skip_update)
+    return StepReport(process.sum(loss_sum) / targets.clamp(min=1), grad_norm, targets, ctx.skip_update)
 
 
 def clip_gradients(model: nn.Module, clip_norm: float) -> Tensor:

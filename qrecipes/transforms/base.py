@@ -35,7 +35,7 @@ class TransformConfig(AOBaseConfig):
 
     targets: tuple[str, ...] = ("*",)
     """Fully qualified names of the layers to change, as shell patterns in which `*` also matches dots."""
-    skip: tuple[str, ...] = ("output", "head", "*.output", "*.head")
+    skip: tuple[str, ...] = ("output", "head", "*.output", "*.head", "*.head.*", "head.*", "fc", "classifier")
     """Layers to leave alone, in the same patterns; wins over `targets`."""
 
     def reason_to_skip(self, fqn: str) -> str | None:

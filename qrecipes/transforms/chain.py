@@ -111,6 +111,12 @@ class Chain:
                     faults += found
                     if row is not None:
                         row.sqnr_db = sqnr
+                elif loss is not None:
+                    faults.append(
+                        f"{fqn}: {transform.name} replaced it, but its forward was not called, or got no "
+                        "gradient; "
+                        "a model that reads the layer's weight itself needs it in `skip`"
+                    )
         self._explain(rows, {fqn: linear for fqn, linear, _ in before})
         self._receipt = Receipt(rows)
         probe.raise_faults(faults)

@@ -21,6 +21,8 @@ from qrecipes.transforms.base import Bounds
 
 ROWS = 128
 """Rows of input (tokens) recorded for each layer, evenly spaced over the batch."""
+LEAST_ROWS = 16
+"""Fewer rows than this (a pooled head sees one an image) are repeated at other sizes."""
 WEIGHT_ROWS = 128
 """Rows of the weight's gradient that are compared, evenly spaced; the whole gradient of every layer would be
 as large as the model."""
@@ -54,14 +56,22 @@ def record(model: nn.Module, sites: dict[str, nn.Module], loss: Loss) -> dict[st
     """
     rows: dict[str, tuple[Tensor, Tensor]] = {}
     trained = [p for p in model.parameters() if p.requires_grad]
-    hooks = [site.register_forward_hook(_recorder(fqn, rows)) for fqn, site in sites.items()]
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]  # batch norm counts what it sees
+    hooks = [
+        site.register_forward_hook(_recorder(fqn, rows), with_kwargs=True) for fqn, site in sites.items()
+    ]
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     try:
         with torch.random.fork_rng(devices=list(devices)):
             for parameter in trained:
                 parameter.requires_grad_(False)  # the recorders start the graph at the first layer's output
-            loss(model).backward()
+            found = loss(model)
+            if found.requires_grad:  # else no site was called
+                found.backward()
     finally:
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
         for hook in hooks:
             hook.remove()
         for parameter in trained:
@@ -72,21 +82,38 @@ def record(model: nn.Module, sites: dict[str, nn.Module], loss: Loss) -> dict[st
     }
 
 
-def _recorder(fqn: str, rows: dict[str, tuple[Tensor, Tensor]]) -> Callable[[nn.Module, tuple, Tensor], None]:
-    def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
+def _recorder(
+    fqn: str, rows: dict[str, tuple[Tensor, Tensor]]
+) -> Callable[[nn.Module, tuple, dict, Tensor], Tensor]:
+    def hook(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor:
         if not output.requires_grad:
-            output.requires_grad_(True)
-        x = _some_rows(args[0].detach().flatten(0, -2), ROWS)
+            output = output.detach().requires_grad_(True)
+        # a copy, so that what follows may work in place
+        output = output.clone()
+        x = _some_rows(_matrix(args[0] if args else kwargs["input"]), ROWS)
 
         def keep(grad: Tensor) -> None:
-            grad_rows = _some_rows(grad.detach().flatten(0, -2), ROWS)
+            grad_rows = _some_rows(_matrix(grad), ROWS)
             if not grad_rows.any():  # behind a zero-initialized layer nothing could differ
                 grad_rows = torch.randn_like(grad_rows)
-            rows[fqn] = (x, grad_rows)
+            rows[fqn] = _at_least_rows(x, LEAST_ROWS), _at_least_rows(grad_rows, LEAST_ROWS)
 
         output.register_hook(keep)
+        return output
 
     return hook
+
+
+def _matrix(tensor: Tensor) -> Tensor:
+    return tensor.detach().reshape(-1, tensor.shape[-1])
+
+
+def _at_least_rows(matrix: Tensor, least: int) -> Tensor:
+    """The matrix, followed by its rows at other sizes where they are few: a scale over one value is exact."""
+    if matrix.shape[0] >= least:
+        return matrix
+    sizes = torch.linspace(0.3, 1.7, -(-least // matrix.shape[0]), device=matrix.device, dtype=matrix.dtype)
+    return torch.cat([matrix, *(matrix * size for size in sizes)])
 
 
 def _some_rows(matrix: Tensor, most: int) -> Tensor:
@@ -145,6 +172,8 @@ def compare(
             faults.append(f"{fqn}: {method} promises a {product}, but the layer's weight gets no gradient")
             continue
         db = sqnr_db(original, ours)
+        if not (original.any() or ours.any()):
+            continue  # a zero-initialized weight: nothing could differ
         if torch.equal(ours, original):
             faults.append(f"{fqn}: {product} is bit-equal to the original layer's: {method} is not on")
         elif math.isnan(db) or db < floor:

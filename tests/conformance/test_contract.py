@@ -69,6 +69,17 @@ def test_swap_changes_only_what_it_selected(run, method):
     assert all(row.reason for row in chain.receipt.layers if row.method is None)
 
 
+def test_only_targeted_layers_are_swapped(run, method):
+    """Half of the layers: the others keep their class, with the reason in the receipt."""
+    config = replace(run.transform[0], targets=("*.0.*",))
+    chain = Chain.from_configs([config])
+    swapped = chain.swap(build_plain(run))
+    others = [row for row in chain.receipt.layers if row.method is None]
+    assert others
+    assert all(row.reason for row in others)
+    assert all(type(swapped.get_submodule(row.fqn)) is nn.Linear for row in others)
+
+
 def test_selecting_no_layer_is_an_error(run):
     config = replace(run.transform[0], targets=("nothing.like.this",))
     with pytest.raises(ConfigError, match="select no plain linear layer"):
@@ -158,9 +169,26 @@ def test_activation_checkpointing_changes_nothing(run, checkpointing):
     assert Trial.of(replace(run, parallel=section)).advance(3) == Trial.of(run).advance(3)
 
 
-def test_compiled_blocks_equal_eager_without_graph_breaks(run, method):
+@pytest.mark.parametrize(
+    ("checkpointing", "expected"), [("none", [1, 1]), ("full", [2, 2]), ("selective", [2, 1])]
+)
+def test_checkpointed_blocks_run_again_in_the_backward_pass(run, checkpointing, expected):
+    trial = Trial.of(replace(run, parallel=replace(run.parallel, checkpointing=checkpointing)))
+    counts = [0, 0]
+    for i, site in enumerate(block_sites(trial.model)):
+
+        def count(*_, i=i):
+            counts[i] += 1
+
+        next(site.block.children()).register_forward_hook(count)
+    trial.task.loss(trial.model, trial.data.next_batch()).backward()
+    assert counts == expected
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
+def test_compiled_blocks_equal_eager_without_graph_breaks(run, method, checkpointing):
     """Forward and gradients of each block under fullgraph, within float tolerance, compiled once."""
-    trial = Trial.of(run)
+    trial = Trial.of(replace(run, parallel=replace(run.parallel, checkpointing=checkpointing)))
     plain_loss = trial.task.loss(trial.model, peek(trial.data))
     plain_loss.backward()
     gradients = {n: p.grad.clone() for n, p in trial.model.named_parameters() if p.grad is not None}
@@ -173,7 +201,7 @@ def test_compiled_blocks_equal_eager_without_graph_breaks(run, method):
         loss = trial.task.loss(trial.model, peek(trial.data))
         loss.backward()
     blocks = len(block_sites(trial.model))
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= blocks
+    assert 1 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= blocks
     # a fused reduction rounds differently, and one ulp can move a value to the next integer of a quantized
     # grid
     torch.testing.assert_close(loss, plain_loss, rtol=max(2e-3, REGISTRY[method].parity_rtol), atol=0)
@@ -207,12 +235,24 @@ def test_accumulation_equals_a_larger_batch(run, method):
     )
     small = Trial.of(half).advance(4)
     rtol = REGISTRY[method].parity_rtol
-    torch.testing.assert_close(losses(small), losses(large), rtol=rtol, atol=0)
+    # norms too: Adam's losses do not see the gradient's scale
+    torch.testing.assert_close(torch.tensor(small), torch.tensor(large), rtol=rtol, atol=0)
+
+
+def test_accumulation_of_the_plain_model_is_exact_to_rounding(family):
+    run = tiny_run(family, None)
+    half = replace(
+        run,
+        data=replace(run.data, batch_size=run.data.batch_size // 2),
+        optim=replace(run.optim, accumulate=2),
+    )
+    small, large = Trial.of(half).advance(4), Trial.of(run).advance(4)
+    torch.testing.assert_close(torch.tensor(small), torch.tensor(large), rtol=1e-4, atol=0)  # float32 sums
 
 
 def test_trains_in_bfloat16(run):
     found = losses(Trial.of(run, dtype=torch.bfloat16).advance(12))
-    assert found[-1] < found[0]
+    assert found[-1] < found[0] - 0.05  # nats
 
 
 def test_evaluation_leaves_training_alone(run):

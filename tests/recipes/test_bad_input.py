@@ -156,17 +156,51 @@ def test_no_write_permission(train):
 
 
 def test_loss_that_becomes_nan_stops_with_the_last_good_checkpoint(train, tmp_path):
-    status, said = train(
-        "optim.lr=1e30", "optim.clip_norm=0", "checkpoint.every=1", "steps=30", 'schedule.kind="constant"'
-    )
+    """The update that ruins the model follows a finite loss: the checkpoint right after it is not good."""
+    good = ["checkpoint.every=1", "checkpoint.keep=9"]
+    assert train(*good)[0] == 0
+    status, said = train(*good, "steps=30", "optim.lr=1e30", "optim.clip_norm=0", 'schedule.kind="constant"')
     assert status == 1
-    assert re.search(r"loss is (nan|inf)|gradient norm (nan|inf)", said)
-    assert str(tmp_path / "run" / "checkpoints") in said
+    assert re.search(r"step 6: loss is .*(nan|inf)", said)
+    assert f"the last good checkpoint is {tmp_path}/run/checkpoints/step_00000004" in said
+    names = sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir())
+    assert names == ["aside_step_00000005", *(f"step_{n:08d}" for n in (1, 2, 3, 4))]
+    assert train(*good, "steps=8")[0] == 0  # and from there the run goes on
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    bad = max(row["step"] for row in rows)
-    assert f"step {bad}:" in said
-    saved = [int(p.name.removeprefix("step_")) for p in (tmp_path / "run" / "checkpoints").iterdir()]
-    assert max(saved) < bad
+    assert [row["step"] for row in rows if "loss" in row] == list(range(1, 9))
+
+
+def test_going_back_to_an_older_checkpoint_sets_the_later_ones_aside(train, tmp_path):
+    assert train("checkpoint.every=1", "checkpoint.keep=9")[0] == 0
+    older = tmp_path / "run" / "checkpoints" / "step_00000002"
+    status, said = train(f"checkpoint.resume={older}", "steps=3", "checkpoint.keep=9", "export.at_end=true")
+    assert status == 0
+    assert "set aside" in said
+    names = sorted(p.name for p in older.parent.iterdir())
+    assert names == ["aside_step_00000003", "aside_step_00000004", *(f"step_{n:08d}" for n in (1, 2, 3))]
+
+
+def test_a_finished_run_keeps_its_identity(train, tmp_path):
+    assert train()[0] == 0
+    before = (tmp_path / "run" / "run.toml").read_text()
+    assert train("optim.lr=0.5")[0] == 0
+    assert (tmp_path / "run" / "run.toml").read_text() == before
+
+
+def test_builder_and_arguments_are_checked_before_anything_is_built(train):
+    status, said = train("model.source=torchtune:llama3_22_1b", "model.args={}")
+    assert status == 2
+    assert "model.source" in said
+    assert "did you mean 'llama3_2_1b'" in said
+    status, said = train("model.args.num_layer=2")
+    assert status == 2
+    assert "num_layers" in said
+
+
+def test_quickstart_refuses_what_its_two_runs_differ_in(capfd):
+    status, said = complain(capfd, "run", "quickstart", "output=elsewhere")
+    assert status == 2
+    assert "use `qrecipes run train`" in said
 
 
 def test_cuda_that_is_not_there(train):

@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from qrecipes.config.run import OptimSection
 from qrecipes.errors import ConfigError, ProbeError
+from qrecipes.training.optim import build_optimizer
 from qrecipes.transforms.base import REGISTRY, Bounds, LinearTransform, ParamGroup, TransformConfig, register
 from qrecipes.transforms.chain import Chain
 
@@ -57,8 +59,10 @@ class OwningConfig(TransformConfig):
     """A method that owns its weights and freezes the rest."""
 
 
-class OwningLinear(NoisyLinear):
+class OwningLinear(nn.Linear):
     """As NoisyLinear; owned."""
+
+    forward, merged = NoisyLinear.forward, NoisyLinear.merged
 
 
 class Owning(LinearTransform[OwningConfig]):
@@ -186,13 +190,15 @@ def test_probe_refuses_nan():
 
 def test_probe_leaves_no_trace():
     """No gradients, no hooks, and the random state as it was."""
-    model = small_model()
-    state = torch.get_rng_state()
+    model = nn.Sequential(nn.Linear(16, 16), nn.BatchNorm1d(16), nn.ReLU(inplace=True), nn.Linear(16, 4))
+    originals, state = list(model.modules()), torch.get_rng_state()
+    buffers = {n: b.clone() for n, b in model.named_buffers()}
     chain = Chain.from_configs([NoisyConfig()])
     model = chain.swap(model, loss=lambda m: loss(m) + torch.rand(()))
     assert torch.equal(torch.get_rng_state(), state)
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
-    assert not any(m._forward_hooks for m in model.modules())
+    assert not any(m._forward_hooks for m in [*originals, *model.modules()])
+    assert all(torch.equal(b, buffers[n]) for n, b in model.named_buffers())
 
 
 def test_probe_works_behind_a_zero_initialized_layer():
@@ -208,3 +214,61 @@ def test_a_layer_with_a_method_is_not_replaced_by_torchao_again():
     model = Chain.from_configs([NoisyConfig()]).swap(small_model())
     with pytest.raises(ConfigError, match=r"NoisyLinear is not a plain nn.Linear"):
         quantize_(model, NoisyConfig())
+
+
+class ReadsWeight(nn.Module):
+    """Uses a layer's weight, and never calls the layer, as some vision transformers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(16, 16), nn.Linear(16, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(input=F.linear(x, self.first.weight))
+
+
+def test_probe_refuses_a_layer_that_is_never_called():
+    with pytest.raises(ProbeError, match="first: noisy replaced it, but its forward was not called"):
+        Chain.from_configs([NoisyConfig()]).swap(ReadsWeight(), loss=loss)
+
+
+def test_probe_refuses_a_model_none_of_whose_layers_is_called():
+    with pytest.raises(ProbeError, match="first: noisy replaced it, but its forward was not called"):
+        Chain.from_configs([NoisyConfig(targets=("first",))]).swap(ReadsWeight(), loss=loss)
+
+
+def test_probe_sees_layers_called_by_keyword():
+    chain = Chain.from_configs([NoisyConfig(skip=("first",))])
+    chain.swap(ReadsWeight(), loss=loss)
+    assert chain.receipt.layers[1].sqnr_db
+
+
+def test_probe_accepts_a_zero_initialized_layer():
+    """Its products are zero before and after: nothing could differ."""
+    model = nn.Sequential(nn.Linear(16, 8, bias=False), nn.Linear(8, 4))
+    nn.init.zeros_(model[0].weight)
+    Chain.from_configs([NoisyConfig()]).swap(model, loss=loss)
+
+
+def test_frozen_parameters_do_not_move():
+    chain = Chain.from_configs([OwningConfig(targets=("2",))])
+    model = chain.swap(small_model())
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    optimizer = build_optimizer(chain.param_groups(model), OptimSection(lr=0.1))
+    for _ in range(3):
+        loss(model).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert [n for n, p in model.named_parameters() if not torch.equal(p, before[n])] == ["2.weight"]
+
+
+def test_hooks_reach_every_transform_in_order(monkeypatch):
+    seen = []
+    for cls in (Noisy, Owning):
+        for hook in ("before_step", "after_backward"):
+            monkeypatch.setattr(cls, hook, lambda self, ctx, hook=hook: seen.append((self.name, hook)))
+    chain = Chain.from_configs([NoisyConfig(), OwningConfig()])
+    chain.before_step(None)
+    chain.after_backward(None)
+    expected = [(name, hook) for hook in ("before_step", "after_backward") for name in ("noisy", "owning")]
+    assert seen == expected

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from harness import Trial, losses, tiny_run
+from harness import Trial, losses, methods, tiny_run
 
 from qrecipes.errors import CheckpointError
 from qrecipes.training import checkpoint
@@ -129,6 +129,11 @@ def test_checkpoint_of_a_later_format_is_refused(run, trial):
         ({"data__batch_size": 2}, "sequences a step .* is 8 there, 2 here"),
         ({"optim__name": "sgd"}, "optim.name is 'adamw' there, 'sgd' here"),
         ({"seed": 9}, "seed is 0 there, 9 here"),
+        ({"data__shuffle": False}, "data.shuffle is True there, False here"),
+        ({"model__dtype": "bfloat16"}, "model.dtype is"),
+        ({"model__source": "torchtune:x.y"}, "model.source is"),
+        ({"task__label_smoothing": 0.1}, "task.label_smoothing is"),
+        ({"transform": tiny_run("llm", methods()[0]).transform}, "transform is"),
     ],
 )
 def test_resuming_a_run_of_another_shape_is_refused(run, trial, change, said):
@@ -215,3 +220,25 @@ def test_losses_differ_without_the_optimizer_state(run):
     second.data.load_state_dict(position)
     second.optimizer.state.clear()
     assert beginning + losses(second.advance(2)) != unbroken
+
+
+def test_restore_gives_the_random_state_back(run):
+    first = Trial.of(run)
+    torch.rand(3)  # as dropout or stochastic rounding would have drawn
+    folder = save(first, 1)
+    expected = torch.rand(4)
+    restore(folder, Trial.of(run))
+    assert torch.equal(torch.rand(4), expected)
+
+
+def test_parameters_without_state_stay_without(run):
+    """A transform may have reset a parameter's state in the step before the save."""
+    first = Trial.of(run)
+    first.advance(1)
+    reset = next(iter(first.model.parameters()))
+    del first.optimizer.state[reset]
+    second = Trial.of(run)
+    restore(save(first, 1), second)
+    fresh = next(iter(second.model.parameters()))
+    assert fresh not in second.optimizer.state
+    assert len(second.optimizer.state) == len(first.optimizer.state)

@@ -26,7 +26,7 @@ LLM = """\
 # More about it.
 steps = 10
 [model]
-source = "torchtune:llama3_2.llama3_2"
+source = "torchtune:llama3_2_1b"
 [data]
 source = "synthetic"
 """
@@ -81,7 +81,7 @@ def test_cat_prints_the_run_as_it_resolves(capsys):
     assert (table["steps"], table["optim"]["lr"], table["model"]["source"]) == (
         5,
         0.5,
-        "torchtune:llama3_2.llama3_2",
+        "torchtune:llama3_2_1b",
     )
     assert "extends" not in table
 
@@ -130,11 +130,11 @@ def test_a_copy_that_extends_still_resolves(shipped):
     assert Path("my.toml").read_text() == SHORT  # a shipped name leads there from everywhere
     assert main(["cp", "tiny/beside", "beside.toml"]) == 0
     assert load("beside.toml").steps == 6
-    assert load("beside.toml").model.source == "torchtune:llama3_2.llama3_2"
+    assert load("beside.toml").model.source == "torchtune:llama3_2_1b"
     assert Path("beside.toml").read_text().count("\n") == BESIDE.count("\n")
     Path("llm.toml").write_text(LLM.replace("torchtune:", "torchtune:other."))  # another file of that name
     assert main(["cp", "-f", "tiny/beside", "beside.toml"]) == 0
-    assert load("beside.toml").model.source == "torchtune:llama3_2.llama3_2"
+    assert load("beside.toml").model.source == "torchtune:llama3_2_1b"
 
 
 @pytest.mark.parametrize("verb", ["check", "validate"])
@@ -142,7 +142,7 @@ def test_check_is_one_line_for_each_file_that_is_right(capsys, verb):
     assert main([verb, "tiny/llm", "tiny/short", "optim.lr=1e-3"]) == 0
     captured = capsys.readouterr()
     assert captured.out.splitlines() == [
-        f"{name}: ok: torchtune:llama3_2.llama3_2, synthetic data, {steps} steps, no transform"
+        f"{name}: ok: torchtune:llama3_2_1b, synthetic data, {steps} steps, no transform"
         for name, steps in (("tiny/llm", 10), ("tiny/short", 5))
     ]
     assert captured.err == ""

@@ -83,3 +83,46 @@ def test_damaged_exports_are_refused(run):
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"is no run: it holds no run\.toml"):
         store.export_run(tmp_path)
+
+
+def test_a_loaded_export_is_in_evaluation_mode(run):
+    (folder,) = store.export_run(run.output)
+    assert not load_export(folder).training
+
+
+def test_a_reloaded_model_that_differs_is_refused(run, monkeypatch):
+    """The exporter reads back what it wrote."""
+    honest = store.load_export
+
+    def perturbed(path):
+        model = honest(path)
+        with torch.no_grad():
+            next(model.parameters()).add_(1e-3)
+        return model
+
+    monkeypatch.setattr(store, "load_export", perturbed)
+    with pytest.raises(ExportError, match="differs after reloading"):
+        store.export_run(run.output)
+
+
+def test_export_to_a_file_is_refused(run, tmp_path):
+    (tmp_path / "file").write_text("precious")
+    with pytest.raises(ExportError, match="is a file"):
+        store.export_run(run.output, tmp_path / "file")
+
+
+def test_bfloat16_survives_the_export(tmp_path):
+    run = tiny_run("llm", None, output=str(tmp_path / "run"))
+    trial = Trial.of(run, dtype=torch.bfloat16)
+    trial.advance(1)
+    folder = store.save(trial.chain.finalize(trial.model.eval()), run, tmp_path / "export")
+    loaded = load_export(folder)
+    assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
+    assert torch.equal(logits(loaded), logits(trial.model))
+
+
+def test_loading_an_export_draws_no_random_numbers(run):
+    (folder,) = store.export_run(run.output)
+    state = torch.get_rng_state()
+    load_export(folder)
+    assert torch.equal(torch.get_rng_state(), state)

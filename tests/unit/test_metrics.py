@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import suppress
 
 import pytest
 import torch
 from harness import ALONE, build_plain, tiny_run
 
 from qrecipes.errors import ConfigError, TrainingError
+from qrecipes.parallel.process import Process
 from qrecipes.training import metrics
 from qrecipes.training.metrics import Log, keep_until, training_flops
 from qrecipes.training.step import StepReport
@@ -26,7 +28,12 @@ def run(tmp_path):
 
 def lines(run) -> list[dict]:
     with open(f"{run.output}/metrics.jsonl") as file:
-        return [json.loads(line) for line in file]
+        return [json.loads(line, parse_constant=refuse) for line in file]
+
+
+def refuse(constant: str) -> None:
+    """JSON knows no NaN, and strict readers stop at one."""
+    raise ValueError(constant)
 
 
 def test_every_step_is_one_line(run):
@@ -39,11 +46,19 @@ def test_every_step_is_one_line(run):
     assert all(wanted <= set(line) for line in found)
 
 
-def test_the_last_step_is_written_when_the_run_crashes(run):
-    with pytest.raises(KeyError), Log(run, ALONE, 0, 1e6) as log:
+QUEUED = Process(0, 1, torch.device("meta"), None)
+"""A device whose steps are held back, as a GPU's are."""
+
+
+@pytest.mark.parametrize("crash", [False, True])
+def test_the_step_held_back_is_written_when_the_run_ends(run, crash):
+    with suppress(KeyError), Log(run, QUEUED, 0, 1e6) as log:
         log.step(1, 1e-3, report(1.0))
-        raise KeyError("crash")
-    assert [line["step"] for line in lines(run)] == [1]
+        log.step(2, 1e-3, report(1.0))
+        assert [line["step"] for line in lines(run)] == [1]
+        if crash:
+            raise KeyError("crash")
+    assert [line["step"] for line in lines(run)] == [1, 2]
 
 
 @pytest.mark.parametrize(("loss", "norm"), [(float("nan"), 1.0), (float("inf"), 1.0), (1.0, float("nan"))])
@@ -53,6 +68,7 @@ def test_a_loss_or_norm_that_is_not_finite_stops_the_run(run, loss, norm):
         log.step(2, 1e-3, report(loss, norm))
         log.flush()
     assert [line["step"] for line in lines(run)] == [1, 2]  # the bad step is on record, as valid JSON
+    assert log.confirmed_step == 1
 
 
 def test_a_resumed_run_writes_later_steps_again(tmp_path):

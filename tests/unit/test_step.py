@@ -61,10 +61,60 @@ def test_every_token_weighs_the_same_over_ragged_micro_batches():
 
 
 def test_a_batch_without_any_target_changes_nothing():
-    model = tiny_model()
+    model, twin = tiny_model(), tiny_model()
     batch = Batch(torch.zeros(1, 4, dtype=torch.long), torch.full((1, 4), IGNORE))
-    report = run_step(model, [batch, *ragged_batches()])
-    assert math.isfinite(float(report.grad_norm))
+    report, expected = run_step(model, [batch, *ragged_batches()]), run_step(twin, ragged_batches())
+    assert (report.loss, report.grad_norm) == (expected.loss, expected.grad_norm)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters(), strict=True))
+
+
+def test_a_step_without_any_target_is_finite():
+    report = run_step(tiny_model(), [Batch(torch.zeros(1, 4, dtype=torch.long), torch.full((1, 4), IGNORE))])
+    assert (float(report.loss), float(report.grad_norm)) == (0.0, 0.0)
+
+
+class Hooked(Chain):
+    """Notes when its hooks run, and replaces every gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def before_step(self, ctx: StepContext) -> None:
+        self.seen.append("before" if all(p.grad is None for p in ctx.model.parameters()) else "late")
+
+    def after_backward(self, ctx: StepContext) -> None:
+        self.seen.append("after")
+        for p in ctx.model.parameters():
+            p.grad = torch.full_like(p, 5.0)
+
+
+def test_hooks_run_before_the_forward_pass_and_before_clipping():
+    model, chain = tiny_model(), Hooked()
+    optim = OptimSection(name="sgd", lr=1.0, betas=(0.0, 0.9), weight_decay=0.0)
+    optimizer = build_optimizer([ParamGroup("rest", list(model.parameters()))], optim)
+    before = [p.detach().clone() for p in model.parameters()]
+    train_step(model, optimizer, chain, ragged_batches(), TASK, 0, 0.5, ALONE)
+    assert chain.seen == ["before", "after"]
+    moved = torch.cat([(p - b).flatten() for p, b in zip(model.parameters(), before, strict=True)]).norm()
+    torch.testing.assert_close(moved, torch.tensor(0.5), rtol=1e-3, atol=0)  # torch adds 1e-6 to the norm
+
+
+class Draws(nn.Module):
+    """Draws random numbers, as stochastic rounding does."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + torch.rand_like(x)
+
+
+def test_evaluation_puts_mode_and_random_state_back():
+    model = nn.Sequential(nn.Embedding(7, 5), Draws(), nn.Linear(5, 7)).train()
+    state = torch.get_rng_state()
+    found = evaluate(model, ragged_batches(), TASK, ALONE)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(m.training for m in model.modules())
+    torch.rand(5)
+    assert evaluate(model, ragged_batches(), TASK, ALONE) == found
 
 
 def test_clipping_scales_to_the_norm():
