@@ -1,12 +1,13 @@
-"""Activation checkpointing, then compilation, then FSDP2, block by block.
+"""Compilation, then activation checkpointing, then FSDP2, block by block.
 
-The order matters: a compiled block contains its recomputation, and FSDP2 gathers and frees around the
-compiled block. Nothing is wrapped, so names in state dicts stay those of the builder.
+The order matters: recomputation runs the compiled block again, and FSDP2 gathers and frees around both.
+Nothing is wrapped, so names in state dicts stay those of the builder.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import functools
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -24,27 +25,25 @@ def parallelize(model: nn.Module, parallel: ParallelSection, process: Process) -
     """Make `model` recompute, compile and shard as asked, in place. Sharding replaces its Parameter
     objects."""
     blocks = [site.block for site in block_sites(model)]
+    if parallel.compile:
+        for block in blocks:
+            block.forward = torch.compile(block.forward)
     every = {"none": 0, "full": 1, "selective": parallel.selective_every}[parallel.checkpointing]
     if every:
         for block in blocks[::every]:
             recompute(block)
-    if parallel.compile:
-        for block in blocks:
-            block.compile()
     if process.mesh is not None:
         shard(model, blocks, parallel, process)
     return model
 
 
 def recompute(block: nn.Module) -> None:
-    """Keep only the block's inputs for the backward pass, in which its forward runs a second time."""
-    forward = block.forward
+    """Keep only the block's inputs for the backward pass, in which its forward runs a second time.
 
-    # a plain function: Dynamo skips a functools.partial of checkpoint, and would not compile the block
-    def recomputed(*args: Any, **kwargs: Any) -> Any:
-        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
-
-    block.forward = recomputed  # type: ignore[method-assign]
+    Around what is compiled, not inside it: traced into the graph, torch 2.11 keeps what a custom
+    autograd.Function saves.
+    """
+    block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
 
 
 def shard(model: nn.Module, blocks: list[nn.Module], parallel: ParallelSection, process: Process) -> None:

@@ -185,10 +185,9 @@ def test_checkpointed_blocks_run_again_in_the_backward_pass(run, checkpointing, 
     assert counts == expected
 
 
-@pytest.mark.parametrize("checkpointing", ["none", "full"])
-def test_compiled_blocks_equal_eager_without_graph_breaks(run, method, checkpointing):
+def test_compiled_blocks_equal_eager_without_graph_breaks(run, method):
     """Forward and gradients of each block under fullgraph, within float tolerance, compiled once."""
-    trial = Trial.of(replace(run, parallel=replace(run.parallel, checkpointing=checkpointing)))
+    trial = Trial.of(run)
     plain_loss = trial.task.loss(trial.model, peek(trial.data))
     plain_loss.backward()
     gradients = {n: p.grad.clone() for n, p in trial.model.named_parameters() if p.grad is not None}
@@ -271,3 +270,32 @@ def test_evaluation_leaves_training_alone(run):
 def test_tiny_configs_compile_section_is_default(run):
     """The contract above compares with eager: tiny configurations must not turn on compilation themselves."""
     assert run.parallel == ParallelSection()
+
+
+def saved_bytes(trial: Trial) -> int:
+    """Bytes of activations that a forward pass keeps for the backward pass."""
+    kept: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if not isinstance(tensor, nn.Parameter):
+            kept[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
+        return tensor
+
+    batch = peek(trial.data)
+    trial.task.loss(trial.model, batch).backward()  # compiles, where it is compiled
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        trial.task.loss(trial.model, batch)
+    return sum(kept.values())
+
+
+def test_compiled_blocks_are_compiled_and_keep_no_more_under_checkpointing(run):
+    """What full checkpointing keeps in eager mode is the bound; a block that silently is not compiled shows too."""
+    eager = saved_bytes(Trial.of(replace(run, parallel=ParallelSection(checkpointing="full"))))
+    torch._dynamo.utils.counters.clear()
+    compiled = saved_bytes(
+        Trial.of(replace(run, parallel=ParallelSection(checkpointing="full", compile=True)))
+    )
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 1
+    without = saved_bytes(Trial.of(replace(run, parallel=ParallelSection(compile=True))))
+    assert compiled <= 1.05 * eager
+    assert compiled < 0.8 * without
