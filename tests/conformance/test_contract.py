@@ -289,7 +289,7 @@ def saved_bytes(trial: Trial) -> int:
 
 
 def test_compiled_blocks_are_compiled_and_keep_no_more_under_checkpointing(run):
-    """What full checkpointing keeps in eager mode is the bound; a block that silently is not compiled shows too."""
+    """What full checkpointing keeps in eager mode is the bound; a block that is not compiled shows too."""
     eager = saved_bytes(Trial.of(replace(run, parallel=ParallelSection(checkpointing="full"))))
     torch._dynamo.utils.counters.clear()
     compiled = saved_bytes(
