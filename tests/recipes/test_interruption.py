@@ -44,3 +44,30 @@ def test_signal_saves_and_the_run_goes_on(tmp_path, number, status):
     assert not command_line("run", "train", *CONFIG, f"output={folder}")
     assert not command_line("run", "train", *CONFIG, f"output={unbroken}")
     assert losses(folder) == losses(unbroken)
+
+
+def test_signal_under_torchrun_saves_once_for_both_ranks(tmp_path):
+    """The launcher passes the signal on and waits; both ranks agree on the step after which they stop."""
+    folder = tmp_path / "run"
+    flags = ["--nproc-per-node", "2"]
+    command = [sys.executable, "-m", "qrecipes.cli.main", "run", *flags, "train", *CONFIG, "steps=5000"]
+    child = subprocess.Popen(
+        [*command, f"output={folder}", "device=cpu"],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not (
+        (folder / "metrics.jsonl").exists() and len(losses(folder)) > 2
+    ):
+        time.sleep(0.05)
+    child.send_signal(signal.SIGTERM)
+    _, said = child.communicate(timeout=90)
+    assert child.returncode == 143, said
+    (saved,) = (folder / "checkpoints").iterdir()
+    assert int(saved.name.removeprefix("step_")) == max(losses(folder)) < 5000
+    assert sorted(p.name for p in saved.glob("rank_*")) == [
+        "rank_00000.safetensors",
+        "rank_00001.safetensors",
+    ]
