@@ -94,6 +94,7 @@ def test_every_model_builder_is_found_and_built_on_meta():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_every_quantizing_builder_is_built_on_meta():
     """torchtune chooses NF4 scales weight by weight, on meta too, which takes a minute for the largest."""
     for name, builder in list_builders().items():
