@@ -322,8 +322,8 @@ def restore(
     initialize_state(optimizer)
     same_world = state["world"] == process.world
     own = _load(folder / f"rank_{process.rank:05d}.safetensors") if same_world else {}
-    _restore_tensors(folder, OPTIMIZER, _optimizer_tensors(model, optimizer), own)
-    _forget_absent_state(folder, model, optimizer, own)
+    saved = _restore_tensors(folder, OPTIMIZER, _optimizer_tensors(model, optimizer), own)
+    _forget_absent_state(saved, model, optimizer)
     if same_world:
         torch.set_rng_state(own["random/cpu"])
         if process.device.type == "cuda" and "random/cuda" in own:
@@ -357,7 +357,8 @@ def initialize_state(optimizer: Optimizer) -> None:
         group["lr"], group["weight_decay"] = rate, decay
 
 
-def _restore_tensors(folder: Path, file: str, targets: dict[str, Tensor], own: dict[str, Tensor]) -> None:
+def _restore_tensors(folder: Path, file: str, targets: dict[str, Tensor], own: dict[str, Tensor]) -> set[str]:
+    """Overwrite `targets` with the saved tensors of one file; the names of all that were saved."""
     saved = _load(folder / file)
     problems = []
     for name, target in targets.items():
@@ -375,6 +376,7 @@ def _restore_tensors(folder: Path, file: str, targets: dict[str, Tensor], own: d
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise CheckpointError(f"{folder / file}: does not fit: {'; '.join(problems[:5])}{more}")
+    return set(saved) | {key.split(_PART)[1] for key in own if key.startswith(file)}
 
 
 def _restore_parts(name: str, target: Tensor, own: dict[str, Tensor]) -> list[str]:
@@ -394,11 +396,8 @@ def _restore_parts(name: str, target: Tensor, own: dict[str, Tensor]) -> list[st
     return problems
 
 
-def _forget_absent_state(
-    folder: Path, model: nn.Module, optimizer: Optimizer, own: dict[str, Tensor]
-) -> None:
+def _forget_absent_state(saved: set[str], model: nn.Module, optimizer: Optimizer) -> None:
     """Drop the state of parameters that had none when the checkpoint was written."""
-    saved = set(_load(folder / OPTIMIZER)) | {key.split(_PART)[1] for key in own if key.startswith(OPTIMIZER)}
     owners = {name.split("/", 1)[1] for name in saved}
     for fqn, parameter in model.named_parameters():
         if fqn not in owners:
