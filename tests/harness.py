@@ -20,8 +20,28 @@ from qrecipes.training.optim import build_optimizer, lr_ratio, set_lr
 from qrecipes.training.seed import seed_building, seed_running
 from qrecipes.training.step import train_step
 from qrecipes.training.task import Task
-from qrecipes.transforms import REGISTRY
+from qrecipes.transforms import REGISTRY, Bounds, Transform
 from qrecipes.transforms.chain import Chain
+
+
+class Inert(Transform):
+    """A method that changes nothing, for tests of what surrounds methods; a subclass names its Config."""
+
+    def sites(self, model: nn.Module) -> dict[str, nn.Module]:
+        return {}
+
+    def swap(self, model: nn.Module) -> nn.Module:
+        return model
+
+    def layers(self, model: nn.Module) -> dict[str, nn.Module]:
+        return {}
+
+    def bounds(self) -> Bounds:
+        return Bounds(None, None, None)
+
+    def finalize(self, model: nn.Module) -> nn.Module:
+        return model
+
 
 ALONE = Process(0, 1, torch.device("cpu"), None)
 FAMILIES = ("llm", "vit")

@@ -10,9 +10,9 @@ from typing import Literal
 import pytest
 import tomli
 import tomli_w
+from harness import Inert
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch import nn
 
 from qrecipes import locate
 from qrecipes.config import run as sections
@@ -20,7 +20,7 @@ from qrecipes.config.lines import dotted, from_dotted, key_lines, split_key
 from qrecipes.config.parse import check, dump, load, resolve_path
 from qrecipes.config.run import PositiveInt, Run
 from qrecipes.errors import ConfigError
-from qrecipes.transforms.base import REGISTRY, Bounds, Transform, TransformConfig, register
+from qrecipes.transforms.base import REGISTRY, TransformConfig, register
 
 BASE = """\
 steps = 10
@@ -52,7 +52,7 @@ class DummyConfig(TransformConfig):
             raise ValueError(f"{self.rank} columns of {self.bits} bits are too many; lower one")
 
 
-class Dummy(Transform[DummyConfig]):
+class Dummy(Inert):
     Config = DummyConfig
 
     def check(self, run: Run) -> None:
@@ -62,21 +62,6 @@ class Dummy(Transform[DummyConfig]):
             raise ConfigError("optim.name: dummy needs moments; use adamw")
         if run.optim.name == "adamw8bit":
             raise ConfigError("torchao.optim: has no dummy; use adamw")
-
-    def sites(self, model: nn.Module) -> dict[str, nn.Module]:
-        return {}
-
-    def swap(self, model: nn.Module) -> nn.Module:
-        return model
-
-    def layers(self, model: nn.Module) -> dict[str, nn.Module]:
-        return {}
-
-    def bounds(self) -> Bounds:
-        return Bounds(None, None, None)
-
-    def finalize(self, model: nn.Module) -> nn.Module:
-        return model
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -9,13 +9,13 @@ from pathlib import Path
 import jsonschema
 import pytest
 import tomli
-from torch import nn
+from harness import Inert
 
 from qrecipes import locate
 from qrecipes.config.parse import dump, load, schema
 from qrecipes.config.run import PositiveInt, Run
 from qrecipes.config.schema import meanings
-from qrecipes.transforms.base import REGISTRY, Bounds, Transform, TransformConfig, register
+from qrecipes.transforms.base import REGISTRY, TransformConfig, register
 
 WHOLE = {
     "steps": 10,
@@ -33,25 +33,10 @@ class EditorMethodConfig(TransformConfig):
     title: str = ""
 
 
-class EditorMethod(Transform[EditorMethodConfig]):
+class EditorMethod(Inert):
     """A method known to this file only."""
 
     Config = EditorMethodConfig
-
-    def sites(self, model: nn.Module) -> dict[str, nn.Module]:
-        return {}
-
-    def swap(self, model: nn.Module) -> nn.Module:
-        return model
-
-    def layers(self, model: nn.Module) -> dict[str, nn.Module]:
-        return {}
-
-    def bounds(self) -> Bounds:
-        return Bounds(None, None, None)
-
-    def finalize(self, model: nn.Module) -> nn.Module:
-        return model
 
 
 @pytest.fixture(autouse=True, scope="module")
