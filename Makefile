@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 FREE_MB := $(shell df -Pm . | awk 'NR==2{print $$4}')
 ROOMY := $(shell [ $(FREE_MB) -gt 12000 ] && echo yes)
 ifeq ($(ROOMY),yes)
-EXTRAS := dev,vision,hf,tensorboard
+EXTRAS := dev,vision,hf,eval,tensorboard
 TORCH ?= torch==2.14.1 torchvision==0.29.1
 else
 EXTRAS := dev,tensorboard

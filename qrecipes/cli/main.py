@@ -1,4 +1,5 @@
-"""The verbs: `qrecipes ls | cat | cp | check | schema | run | generate | export`.
+"""The verbs: `qrecipes ls | cat | cp | check | schema | run | generate | evaluate | export | data |
+download`.
 
 Nothing here imports torch before a verb needs it, so that help and `ls` answer at once.
 """
@@ -17,8 +18,14 @@ from qrecipes.cli import launch
 from qrecipes.cli.report import exit_code
 from qrecipes.errors import ConfigError
 
-_SCRIPTS = ("generate", "export")
-"""Verbs that hand all their arguments to the recipe of the same name."""
+_SCRIPTS = {
+    "generate": "text from a model, or a chat with it",
+    "evaluate": "perplexity and task scores of one or several models",
+    "export": "a checkpoint as files to deploy",
+    "data": "look at what a configuration trains on",
+    "download": "fetch a model from the Hugging Face hub",
+}
+"""Verbs that hand all their arguments to the recipe of the same name, and what they give."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -212,8 +219,8 @@ Flags before it are torchrun's, such as --nproc-per-node 2; without any it runs 
   qrecipes run --nproc-per-node 2 train --config tiny/llm""",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     ).set_defaults(verb=lambda args: launch.launch([]))
-    for script, text in zip(_SCRIPTS, ("text from a model", "a checkpoint as files to deploy"), strict=True):
-        verbs.add_parser(script, help=f"{script} {text}; `qrecipes {script} --help` has its arguments")
+    for script, text in _SCRIPTS.items():
+        verbs.add_parser(script, help=f"{text}; `qrecipes {script} --help` has its arguments")
     return parser
 
 

@@ -33,12 +33,15 @@ class ModelSection:
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     source: str
-    """`torchtune:BUILDER`, `torchtune:FAMILY.BUILDER` or `timm:NAME`, such as "torchtune:llama3_2_1b"."""
+    """`hf:FOLDER` or `hf:OWNER/NAME` for a Hugging Face model, whose config.json says what is built;
+    `torchtune:BUILDER`, `torchtune:FAMILY.BUILDER` or `timm:NAME`, such as "torchtune:llama3_2_1b"."""
     args: dict[str, Scalar | list[Scalar]] = field(default_factory=dict)
-    """Keyword arguments of the builder, such as `num_layers = 2` for a component builder."""
+    """Keyword arguments of the builder, such as `num_layers = 2` for a component builder; with `hf:` they
+    override what config.json says, such as `max_seq_len = 4096`."""
     weights: str | None = None
     """Folder with Hugging Face files (config.json and safetensors, whole or sharded), `asset:NAME` for
-    weights that ship with qrecipes, or a hub repository `OWNER/NAME`. Absent: random weights."""
+    weights that ship with qrecipes, or a hub repository `OWNER/NAME`. Absent: with `hf:` the source's own,
+    else random weights. "random" leaves a Hugging Face model's weights random."""
     init_std: PositiveFloat = 0.02
     """Standard deviation of the random embeddings and linear weights of torchtune models; timm initializes
     its own."""
@@ -46,10 +49,10 @@ class ModelSection:
     """Type of the parameters; `auto` is bfloat16 on a GPU and float32 on a CPU."""
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"(torchtune|timm):\S+", self.source):
+        if not re.fullmatch(r"hf:\S.*|(torchtune|timm):\S+", self.source):
             raise ConfigError(
-                f"model.source: {self.source!r} does not say which library builds the model; "
-                "write torchtune:BUILDER or timm:NAME"
+                f"model.source: {self.source!r} does not say where the model comes from; "
+                "write hf:FOLDER, torchtune:BUILDER or timm:NAME"
             )
 
 
@@ -63,6 +66,12 @@ class TaskSection:
     """`language_modeling` predicts the next token, `classification` the class of an image."""
     label_smoothing: Fraction = 0.0
     """Weight of the uniform distribution mixed into the targets while training."""
+    loss: Literal["plain", "chunked", "liger"] = "plain"
+    """How the cross-entropy of a language model is computed. `plain` makes the logits of all tokens;
+    `chunked` those of `chunk_tokens` tokens at a time, never all; `liger` calls Liger's fused kernel on a GPU
+    (extra `liger`). All give the same loss to rounding."""
+    chunk_tokens: PositiveInt = 2048
+    """Tokens whose logits exist at a time with `loss = "chunked"`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,16 +100,49 @@ class TokenizerSection:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ConversationSection:
+    """How rows become conversations, and which of their tokens are learnt; for source "conversations"."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    format: Literal["auto", "instruction", "messages", "sharegpt", "text"] = "auto"
+    """`instruction`: a request and its answer in columns of their own, perhaps with an input beside the
+    request. `messages`: a list of {role, content}. `sharegpt`: a list of {from, value}. `text`: one column,
+    all of it learnt. `auto` tells by the columns."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Our name of a column -> the data's, for instruction, input, output, system, messages and text, where
+    the usual names do not fit: `columns = { instruction = "query", output = "response" }`."""
+    template: str = "auto"
+    """How a conversation is written out. `chat`: the tokenizer's own chat template. `alpaca`, `plain`
+    (request, blank line, answer) and `question` ("Question: ... Answer: ...") ship; anything else is the path
+    of a jinja2 chat template. `auto`: the tokenizer's own if it has one, else `alpaca`."""
+    system: str | None = None
+    """System message of conversations that have none."""
+    train_on: Literal["answers", "last_answer", "all"] = "answers"
+    """Which tokens count in the loss: those of the assistant's turns, with the token that ends a turn; of
+    its last turn only; or all."""
+    too_long: Literal["truncate", "drop", "error"] = "truncate"
+    """What becomes of a conversation of more than `data.sequence_length` tokens; how many is reported."""
+    packing: bool = True
+    """Put several conversations into one sequence; none attends to another. Otherwise each has a row of its
+    own, padded."""
+    length_buckets: tuple[PositiveInt, ...] = ()
+    """Without packing, the lengths to which rows are padded, so that a compiled model sees few shapes; a
+    micro-batch holds rows of one bucket. Absent: powers of two from 64 to `data.sequence_length`."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataSection:
     """Where the batches come from."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
-    source: Literal["text", "tokens", "dataset", "images", "synthetic"]
+    source: Literal["text", "tokens", "dataset", "conversations", "images", "synthetic"]
     """`text`: files of documents, tokenized here. `tokens`: tokenized `.bin` shards. `dataset`: the name of a
     Hugging Face dataset, or a local folder of .parquet, .jsonl, .csv or .txt files or of what `save_to_disk`
-    wrote. `images`: a folder with one folder a class. `synthetic`: random but learnable data, a function of
-    the seed."""
+    wrote. `conversations`: rows of instructions or chats from .json, .jsonl, .csv or .parquet files, or a
+    Hugging Face dataset; `[data.conversation]` says how they are read. `images`: a folder with one folder a
+    class. `synthetic`: random but learnable data, a function of the seed."""
     files: tuple[str, ...] = ()
     """Files, globs or `asset:` names of the training data; for `images` one folder; for `dataset` its name,
     then optionally its configuration's name. Text: .txt, .jsonl or .parquet, each also as .xz or .gz."""
@@ -134,6 +176,8 @@ class DataSection:
     """Number of classes of `synthetic` images."""
     augment: bool = True
     """Random crop and horizontal flip of training images."""
+    conversation: ConversationSection = field(default_factory=ConversationSection)
+    """How rows of `conversations` are read."""
 
     def __post_init__(self) -> None:
         if self.source == "synthetic" and self.files:

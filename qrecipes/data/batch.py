@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -18,21 +19,34 @@ class Batch:
 
     Language modeling: `inputs` int64 [B, S] and `targets` int64 [B, S], where `targets[b, s]` is the token
     after `inputs[b, s]`. Images: `inputs` float32 [B, 3, H, W], normalized, and `targets` int64 [B].
+
+    Where several documents share a row and none may attend to another, `documents` int32 [B, S] numbers them
+    along the row (padding has a number of its own) and `positions` int64 [B, S] counts tokens from the start
+    of each; both are None where a row is one text.
     """
 
     inputs: Tensor
     targets: Tensor
+    documents: Tensor | None = None
+    positions: Tensor | None = None
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on `device`."""
-        return Batch(self.inputs.to(device, non_blocking=True), self.targets.to(device, non_blocking=True))
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def head(self, rows: int, length: int) -> Batch:
         """The first rows, and the first `length` tokens of each where they are tokens; as views."""
         if self.inputs.ndim == 2:
-            return Batch(self.inputs[:rows, :length], self.targets[:rows, :length])
-        return Batch(self.inputs[:rows], self.targets[:rows])
+            return self._map(lambda tensor: tensor[:rows, :length])
+        return self._map(lambda tensor: tensor[:rows])
 
     def count(self) -> int:
         """Number of targets that count; on a GPU this waits for the device, so ask before `to`."""
         return int((self.targets != IGNORE).sum())
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        tensors = (self.inputs, self.targets, self.documents, self.positions)
+        inputs, targets, documents, positions = (None if t is None else change(t) for t in tensors)
+        assert inputs is not None
+        assert targets is not None
+        return Batch(inputs, targets, documents, positions)

@@ -18,7 +18,7 @@ LEVELS = [
     {"models", "quant"},
     {"transforms"},
     {"data", "config", "parallel"},
-    {"training", "export", "generation"},
+    {"training", "export", "generation", "evaluation"},
     {"cli"},
 ]
 """Subpackages and modules from the bottom up: imports point downward, or stay on their level."""

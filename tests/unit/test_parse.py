@@ -423,13 +423,13 @@ def test_each_wrong_value_says_file_line_key_rule_and_remedy(here, text, expecte
         (
             'source = "synthetic"\n',
             "",
-            "6: data.source: missing; required: one of text, tokens, dataset, images, synthetic",
+            "6: data.source: missing; required: one of text, tokens, dataset, conversations, images, synthetic",
         ),
         (
             "torchtune:",
             "torchtun:",
-            "4: model.source: 'torchtun:llama3_2.llama3_2' does not say which library builds the model; "
-            "write torchtune:BUILDER or timm:NAME",
+            "4: model.source: 'torchtun:llama3_2.llama3_2' does not say where the model comes from; "
+            "write hf:FOLDER, torchtune:BUILDER or timm:NAME",
         ),
         (
             "torchtune:",

@@ -1,0 +1,82 @@
+"""Any model that a command can name: a run, an export, or a Hugging Face folder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from qrecipes.config.run import ModelSection, Run, TokenizerSection
+from qrecipes.data.tokenizers import Tokenizer, load_tokenizer, tokenizer_of
+from qrecipes.errors import ConfigError
+from qrecipes.export.store import MANIFEST, load_export_and_run, load_run
+from qrecipes.models.build import build, resolve_dtype
+from qrecipes.models.weights import load_pretrained
+from qrecipes.training.output import RUN_FILE
+
+
+@dataclass(frozen=True)
+class OpenedModel:
+    """A model in evaluation mode, and what is needed to give it text."""
+
+    name: str
+    """What the user called it."""
+    model: nn.Module
+    tokenizer: Tokenizer | None
+    run: Run | None
+    """The run that it came from; None for a Hugging Face model."""
+
+    @property
+    def max_length(self) -> int | None:
+        """Most tokens that the model takes, None where it says nothing."""
+        return getattr(self.model, "max_seq_len", None)
+
+    @property
+    def device(self) -> torch.device:
+        """Where its parameters are."""
+        return next(self.model.parameters()).device
+
+    def require_tokenizer(self) -> Tokenizer:
+        """The tokenizer.
+
+        Raises:
+            ConfigError: if the model has none.
+        """
+        if self.tokenizer is None:
+            raise ConfigError(f"{self.name}: was trained without a tokenizer, so it takes no text")
+        return self.tokenizer
+
+
+def open_model(name: str, *, device: str | torch.device = "cpu", dtype: str = "auto") -> OpenedModel:
+    """The model that `name` means: the folder of a run (its newest checkpoint) or of an export, or
+    `hf:FOLDER_OR_REPOSITORY`.
+
+    A run and an export keep the type they were stored in; `dtype` ("auto", "float32" or "bfloat16") is that
+    of a Hugging Face model, where "auto" is bfloat16 on a GPU and float32 on a CPU.
+
+    Raises:
+        ConfigError: if `name` is none of these.
+        WeightsError: if a Hugging Face folder is incomplete, or of a family that is not supported.
+        ExportError, CheckpointError: if what is there is damaged.
+    """
+    if name.startswith("hf:"):
+        section = ModelSection(source=name, dtype=dtype)  # type: ignore[arg-type]
+        model = build(section, dtype=resolve_dtype(section, device), device=device)
+        load_pretrained(model, section)
+        tokenizer = load_tokenizer(TokenizerSection(path=name.removeprefix("hf:")))
+        return OpenedModel(name, model.eval(), tokenizer, None)
+    folder = Path(name)
+    if (folder / MANIFEST).is_file():
+        model, run = load_export_and_run(folder, device=device)
+    elif (folder / RUN_FILE).is_file():
+        model, run = load_run(folder, device=device)
+    elif (folder / "config.json").is_file():
+        raise ConfigError(f"{name}: is a Hugging Face folder; write hf:{name}")
+    else:
+        raise ConfigError(
+            f"{name}: is neither a run nor an export; give the folder of one, or hf:FOLDER for a model of "
+            "Hugging Face"
+        )
+    return OpenedModel(name, model, tokenizer_of(run), run)
