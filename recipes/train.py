@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -75,7 +76,10 @@ def train(run: Run, process: Process) -> int:
     start = data.state_dict()
     probe_batch = data.next_batch().head(1, PROBE_TOKENS).to(home)
     data.load_state_dict(start)
-    model = chain.swap(model, loss=lambda m: task.loss(m, probe_batch), device=process.device)
+    plain = Task(
+        replace(run.task, loss="plain")
+    )  # its backward pass runs after the forward, as the probe expects
+    model = chain.swap(model, loss=lambda m: plain.loss(m, probe_batch), device=process.device)
     flops = training_flops(model, run.data.sequence_length)
     task = Task(run.task, compile=run.parallel.compile)  # only now: the probe's shape is not the run's
     model = parallelize(model, run.parallel, process)

@@ -17,6 +17,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 
+import qrecipes  # noqa: F401 - lets tests import torchtune before anything of ours
+
 
 @pytest.fixture(autouse=True)
 def _fresh_state():

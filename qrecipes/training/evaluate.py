@@ -10,7 +10,7 @@ from torch import nn
 
 from qrecipes.data import Batch
 from qrecipes.parallel.process import Process
-from qrecipes.training.task import Task, cross_entropy_sum
+from qrecipes.training.task import Task
 
 
 @torch.no_grad()
@@ -30,12 +30,11 @@ def evaluate(
         try:
             for batch in islice(batches, most or None):
                 count = batch.count()
-                batch = batch.to(process.device)
-                logits = task.logits(model, batch)
-                sums[0] += cross_entropy_sum(logits, batch.targets)
-                sums[1] += task.correct(logits, batch.targets)
+                loss, correct = task.measure(model, batch.to(process.device))
+                sums[0] += loss
+                sums[1] += correct
                 sums[2] += count
         finally:
             model.train(was_training)
-    loss, correct, count = process.sum(sums).tolist()
-    return task.summarize(loss / max(count, 1), correct / max(count, 1), int(count))
+    total, hits, counted = process.sum(sums).tolist()
+    return task.summarize(total / max(counted, 1), hits / max(counted, 1), int(counted))

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qrecipes.data import IGNORE, Batch
+from qrecipes.data import Batch
 from qrecipes.errors import ConfigError
 from qrecipes.models.view import vocab_size
+from qrecipes.training.losses import (
+    Head,
+    chunked_cross_entropy,
+    chunked_measure,
+    cross_entropy_sum,
+    in_place_of_logits,
+    liger_cross_entropy,
+)
+from qrecipes.training.masks import document_mask
 
 if TYPE_CHECKING:
     from qrecipes.config.run import TaskSection
@@ -21,6 +29,7 @@ class Task:
     """Language modeling (next token) or classification (class of an image), by cross-entropy in float32."""
 
     def __init__(self, section: TaskSection, *, compile: bool = False) -> None:
+        self.section = section
         self.kind = section.kind
         self.label_smoothing = section.label_smoothing
         # compiled, the float32 copy of the logits is never written to memory
@@ -60,22 +69,40 @@ class Task:
                 "that the model was made for"
             )
 
-    def logits(self, model: nn.Module, batch: Batch) -> Tensor:
-        """The model's output on a batch that is on its device; images are cast to the type of its
-        parameters."""
-        inputs = batch.inputs
-        if inputs.is_floating_point():
-            inputs = inputs.to(next(model.parameters()).dtype)
-        return model(inputs)
-
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Cross-entropy summed over the targets of a batch on the model's device, a float32 scalar."""
         smoothing = self.label_smoothing if model.training else 0.0
-        return self._cross_entropy(self.logits(model, batch), batch.targets, smoothing)
+        if self.kind == "classification" or self.section.loss == "plain":
+            return self._cross_entropy(_forward(model, batch), batch.targets, smoothing)
 
-    def correct(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """How many targets are the likeliest class or token; ignored targets never are."""
-        return (logits.argmax(-1) == targets).sum()
+        def compute(hidden: Tensor, head: Head) -> Tensor:
+            if self.section.loss == "liger":
+                return liger_cross_entropy(hidden, batch.targets, head, label_smoothing=smoothing)
+            return chunked_cross_entropy(
+                hidden,
+                batch.targets,
+                head,
+                chunk_tokens=self.section.chunk_tokens,
+                label_smoothing=smoothing,
+                loss=self._cross_entropy,
+            )
+
+        with in_place_of_logits(model, compute):
+            return _forward(model, batch)
+
+    @torch.no_grad()
+    def measure(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Summed cross-entropy, and how many targets are the likeliest class or token; ignored targets count
+        in neither."""
+        if self.kind == "classification" or self.section.loss == "plain":
+            logits = _forward(model, batch)
+            correct = (logits.argmax(-1) == batch.targets).sum()
+            return cross_entropy_sum(logits, batch.targets), correct
+        size = self.section.chunk_tokens
+        with in_place_of_logits(
+            model, lambda hidden, head: chunked_measure(hidden, batch.targets, head, size)
+        ):
+            return _forward(model, batch)
 
     def summarize(self, loss: float, accuracy: float, targets: int) -> dict[str, float]:
         """Metrics of an evaluation, from means over `targets` held-out tokens or images."""
@@ -85,12 +112,11 @@ class Task:
         return metrics
 
 
-def cross_entropy_sum(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """Cross-entropy of logits [..., C] against targets [...], summed; targets of IGNORE count nothing."""
-    return F.cross_entropy(
-        logits.float().flatten(0, -2),
-        targets.flatten(),
-        ignore_index=IGNORE,
-        reduction="sum",
-        label_smoothing=label_smoothing,
-    )
+def _forward(model: nn.Module, batch: Batch) -> Any:
+    """The model's output on a batch that is on its device; images are cast to the type of its parameters."""
+    inputs = batch.inputs
+    if inputs.is_floating_point():
+        inputs = inputs.to(next(model.parameters()).dtype)
+    if batch.documents is None:
+        return model(inputs)
+    return model(inputs, mask=document_mask(model, batch.documents), input_pos=batch.positions)

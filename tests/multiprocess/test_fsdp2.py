@@ -27,6 +27,8 @@ EXTRA = [
     f"llm:{methods()[0]}:checkpointing",
     f"llm:{methods()[0]}:compile",
     "llm::noreshard",
+    "llm::chunked",
+    f"llm:{methods()[0]}:chunked",
     "llm::adamw8bit",
 ]
 

@@ -26,13 +26,15 @@ STEPS = 6
 
 def variant(run, name: str):
     """A tiny run with the settings that a variant stands for."""
-    parallel = {
-        "plain": {},
-        "checkpointing": {"checkpointing": "full"},
-        "everything": {"compile": True, "checkpointing": "full"},
-        "noreshard": {"reshard_after_forward": False},
-    }.get(name, {})
-    run = replace(run, parallel=replace(run.parallel, **parallel))
+    parallel, task = {
+        "plain": ({}, {}),
+        "checkpointing": ({"checkpointing": "full"}, {}),
+        "compile": ({"compile": True}, {}),
+        "noreshard": ({"reshard_after_forward": False}, {}),
+        "chunked": ({}, {"loss": "chunked", "chunk_tokens": 24}),
+        "adamw8bit": ({}, {}),
+    }[name]
+    run = replace(run, parallel=replace(run.parallel, **parallel), task=replace(run.task, **task))
     if name == "adamw8bit":
         run = replace(run, optim=replace(run.optim, name="adamw8bit"))
         if "embed_dim" in run.model.args and run.task.kind == "classification":
