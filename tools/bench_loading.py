@@ -2,9 +2,10 @@
 
     tools/bench_loading.py [--folder FOLDER] [--layers N] [--output FILE.json]
 
-Writes a random checkpoint of Llama 3.1 8B's shape (16 GB in bfloat16, shards of 5 GB) into FOLDER where there
-is none, then loads it in a process of its own for each case. Host memory is sampled while loading: `anonymous`
-is what the process allocated, `file` the pages of the memory-mapped shards, which the system can take back.
+Writes a random checkpoint of Llama 3.1 8B's shape (16 GB in bfloat16, shards of 5 GB) into FOLDER where
+there is none, then loads it in a process of its own for each case. Host memory is sampled while loading:
+`anonymous` is what the process allocated, `file` the pages of the memory-mapped shards, which the system can
+take back.
 """
 
 from __future__ import annotations

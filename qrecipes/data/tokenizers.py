@@ -1,7 +1,8 @@
 """Tokenizers of four kinds behind one small interface: text <-> token numbers, and no special token unasked.
 
-Special tokens in a user's text are text: a document that spells out "</s>" does not end there. Decoding
-leaves special tokens out, and numbers that the tokenizer does not know, such as the padding of a model's
+Special tokens in a user's text are text: a document that spells out "</s>" does not end there. Only
+`encode_markup`, which chat templates are written in, takes them at their word. Decoding leaves special tokens
+out, and numbers that the tokenizer does not know, such as the padding of a model's
 vocabulary.
 """
 
@@ -13,7 +14,10 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
+from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import tiktoken
@@ -22,6 +26,7 @@ from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer as TokenizersTokenizer
 
 from qrecipes.data.files import locate, open_file
+from qrecipes.data.markup import Marked, Markup, encode_pieces, encode_runs
 from qrecipes.errors import DataError
 
 if TYPE_CHECKING:
@@ -72,11 +77,15 @@ SPECIAL_TOKENS: Mapping[str, Mapping[str, int]] = {
 _BEGINNINGS = ("<|begin_of_text|>", "<s>", "<bos>")
 _ENDS = ("<|end_of_text|>", "<|endoftext|>", "</s>", "<eos>")
 
+_NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _HUB_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
+    "chat_template.jinja",
     "generation_config.json",
     "config.json",
     "*.model",
@@ -95,9 +104,20 @@ class Tokenizer(Protocol):
     """Token that ends a document."""
     files: tuple[Path, ...]
     """What must be copied for the tokenizer to be loaded elsewhere."""
+    special_tokens: Mapping[str, int]
+    """Spelling -> number of the tokens that no text gives."""
+    template_names: Mapping[str, str]
+    """What chat templates know by name: spelling of bos_token, eos_token and the like."""
+    chat_template: str | None
+    """The tokenizer's own chat template, jinja2; None where it has none."""
+    end_ids: tuple[int, ...]
+    """Tokens after which its model says no more, as its files tell."""
 
     def encode(self, text: str) -> list[int]:
         """Tokens of `text`, none of them special."""
+
+    def encode_markup(self, markups: Sequence[Markup]) -> list[Marked]:
+        """Tokens of each text, where what spells a special token is that token."""
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of many texts at once, on several cores where the library can."""
@@ -113,10 +133,22 @@ class BytesTokenizer:
     bos_id: int | None = None
     eos_id: int | None = 256
     files: tuple[Path, ...] = ()
+    special_tokens: Mapping[str, int] = MappingProxyType({"<|endoftext|>": 256})
+    template_names: Mapping[str, str] = MappingProxyType({"eos_token": "<|endoftext|>"})
+    chat_template: str | None = None
+    end_ids: tuple[int, ...] = (256,)
 
     def encode(self, text: str) -> list[int]:
         """The bytes of `text`."""
         return list(text.encode("utf-8"))
+
+    def encode_markup(self, markups: Sequence[Markup]) -> list[Marked]:
+        """The bytes of each text, and 256 for "<|endoftext|>"."""
+
+        def encode(texts: list[str], first: list[bool]) -> list[Marked]:
+            return [encode_runs(text, self.special_tokens, _characters) for text in texts]
+
+        return encode_pieces(markups, encode)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """The bytes of each text."""
@@ -147,15 +179,30 @@ class HFTokenizer:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self.vocab_size = max(self._tokenizer.get_vocab().values(), default=-1) + 1
-        beside = (path, path.with_name("tokenizer_config.json"), path.with_name("special_tokens_map.json"))
+        self._path = path
+        beside = [path, *(path.with_name(name) for name in _BESIDE)]
         self.files = tuple(file for file in beside if file.exists())
         configs = [
             _read_json(path.with_name(name))
             for name in ("tokenizer_config.json", "generation_config.json", "config.json")
         ]
         begins = configs[0].get("add_bos_token", True)
-        self.bos_id = self._special("bos_token", configs, _BEGINNINGS) if begins else None
+        beginning = self._special("bos_token", configs, _BEGINNINGS)
+        self.bos_id = beginning if begins else None
         self.eos_id = self._special("eos_token", configs, _ENDS)
+        added = self._tokenizer.get_added_tokens_decoder()
+        self.special_tokens = {token.content: number for number, token in added.items() if token.special}
+        found = {"bos_token": beginning, "eos_token": self.eos_id}
+        names = {key: self._tokenizer.id_to_token(i) for key, i in found.items() if i is not None}
+        told = _read_json(path.with_name("special_tokens_map.json")) | configs[0]
+        self.template_names = names | _template_names(told)
+        self.chat_template = _chat_template(path, configs[0])
+        ends = [
+            self.eos_id,
+            *_as_list(configs[1].get("eos_token_id")),
+            *_as_list(configs[2].get("eos_token_id")),
+        ]
+        self.end_ids = tuple(dict.fromkeys(i for i in ends if i is not None))
 
     def encode(self, text: str) -> list[int]:
         """Tokens of `text`."""
@@ -164,6 +211,40 @@ class HFTokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Tokens of each text, on all cores unless TOKENIZERS_PARALLELISM says otherwise."""
         return [e.ids for e in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def encode_markup(self, markups: Sequence[Markup]) -> list[Marked]:
+        """Tokens of each text with its special tokens, as `transformers` gives them."""
+        return encode_pieces(markups, self._encode_markup)
+
+    def _encode_markup(self, texts: list[str], first: list[bool]) -> list[Marked]:
+        # Some tokenizers put a space before what begins a text: a piece from its middle follows a token.
+        guard = self._guard
+        guarded = [text if begins else guard + text for text, begins in zip(texts, first, strict=True)]
+        marked = []
+        for encoding, begins in zip(
+            self._marker.encode_batch(guarded, add_special_tokens=False), first, strict=True
+        ):
+            ids, spans = encoding.ids, encoding.offsets
+            if not begins and guard:
+                ids, spans = ids[1:], [(a - len(guard), b - len(guard)) for a, b in spans[1:]]
+            marked.append(Marked(ids, spans))
+        return marked
+
+    @cached_property
+    def _marker(self) -> TokenizersTokenizer:
+        """The tokenizer, taking special tokens at their word; loaded again, for it is another state."""
+        marker = TokenizersTokenizer.from_file(str(self._path))
+        marker.encode_special_tokens = False
+        marker.no_truncation()
+        marker.no_padding()
+        marker.post_processor = None  # some trim the spaces off the offsets
+        return marker
+
+    @cached_property
+    def _guard(self) -> str:
+        """A special token that leaves the text after it alone; nothing where there is none."""
+        added = self._tokenizer.get_added_tokens_decoder().values()
+        return next((token.content for token in added if token.special and not token.rstrip), "")
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids` without special tokens."""
@@ -202,11 +283,32 @@ class TiktokenTokenizer:
         self.vocab_size = max(special.values()) + 1
         self.bos_id = special.get("<|begin_of_text|>")
         self.eos_id: int | None = special.get("<|endoftext|>", special.get("<|end_of_text|>"))
-        self.files: tuple[Path, ...] = (path,)
+        self.special_tokens: Mapping[str, int] = special
+        ends = {"bos_token": self.bos_id, "eos_token": self.eos_id}
+        spelled = {number: name for name, number in special.items()}
+        config = _read_json(path.with_name("tokenizer_config.json"))
+        own = {key: spelled[number] for key, number in ends.items() if number is not None}
+        self.template_names: Mapping[str, str] = own | _template_names(config)
+        self.chat_template = _chat_template(path, config)
+        self.end_ids = () if self.eos_id is None else (self.eos_id,)
+        self.files = (path, *(file for file in _beside_others(path) if file.exists()))
 
     def encode(self, text: str) -> list[int]:
         """Tokens of `text`."""
         return self._encoding.encode_ordinary(text)
+
+    def encode_markup(self, markups: Sequence[Markup]) -> list[Marked]:
+        """Tokens of each text with its special tokens."""
+
+        def encode(texts: list[str], first: list[bool]) -> list[Marked]:
+            batch = self._encoding.encode_batch(texts, allowed_special="all", num_threads=os.cpu_count() or 1)
+            return [self._spans(ids, text) for ids, text in zip(batch, texts, strict=True)]
+
+        return encode_pieces(markups, encode)
+
+    def _spans(self, ids: list[int], text: str) -> Marked:
+        starts = self._encoding.decode_with_offsets(ids)[1]
+        return Marked(ids, [(a, max(a + 1, b)) for a, b in pairwise((*starts, len(text)))])
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Tokens of each text, on all cores."""
@@ -235,11 +337,33 @@ class SentencePieceTokenizer:
         bos, eos = self._processor.bos_id(), self._processor.eos_id()
         self.bos_id = bos if bos >= 0 else None
         self.eos_id = eos if eos >= 0 else None
-        self.files: tuple[Path, ...] = (path,)
+        numbers = range(self.vocab_size)
+        self.special_tokens: Mapping[str, int] = {
+            self._processor.id_to_piece(i): i for i in numbers if self._processor.is_control(i)
+        }
+        ends = {"bos_token": self.bos_id, "eos_token": self.eos_id}
+        own = {key: self._processor.id_to_piece(i) for key, i in ends.items() if i is not None}
+        config = _read_json(path.with_name("tokenizer_config.json"))
+        self.template_names: Mapping[str, str] = own | _template_names(config)
+        self.chat_template = _chat_template(path, config)
+        self.end_ids = () if self.eos_id is None else (self.eos_id,)
+        self.files = (path, *(file for file in _beside_others(path) if file.exists()))
 
     def encode(self, text: str) -> list[int]:
         """Tokens of `text`."""
         return self._processor.encode(text, out_type=int)
+
+    def encode_markup(self, markups: Sequence[Markup]) -> list[Marked]:
+        """Tokens of each text with its control symbols."""
+
+        def encode(texts: list[str], first: list[bool]) -> list[Marked]:
+            return [encode_runs(text, self.special_tokens, self._run) for text in texts]
+
+        return encode_pieces(markups, encode)
+
+    def _run(self, text: str) -> Marked:
+        found = self._processor.encode(text, return_type="offset_mapping")
+        return Marked(found["ids"], found["offsets"])
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Tokens of each text, on all cores."""
@@ -376,6 +500,41 @@ def _read_json(path: Path) -> dict[str, Any]:
         except ValueError as error:
             raise DataError(f"{path}: not JSON: {error}") from error
     return content if isinstance(content, dict) else {}
+
+
+def _template_names(config: Mapping[str, Any]) -> dict[str, str]:
+    """The special tokens that a tokenizer_config.json or special_tokens_map.json names, as spelled."""
+    told = {key: config.get(key) for key in _NAMED_TOKENS}
+    spelled = {key: token["content"] if isinstance(token, dict) else token for key, token in told.items()}
+    return {key: token for key, token in spelled.items() if isinstance(token, str)}
+
+
+def _chat_template(path: Path, config: Mapping[str, Any]) -> str | None:
+    """The chat template in or beside a tokenizer's files; of several, the one called default."""
+    file = path.with_name("chat_template.jinja")
+    if file.exists():
+        try:
+            return file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise DataError(f"{file}: not UTF-8 at byte {error.start}; copy the file again") from error
+    told = config.get("chat_template")
+    if isinstance(told, list):
+        told = {entry.get("name"): entry.get("template") for entry in told if isinstance(entry, dict)}
+        told = told.get("default")
+    return told if isinstance(told, str) else None
+
+
+def _beside_others(path: Path) -> list[Path]:
+    return [path.with_name(name) for name in ("tokenizer_config.json", "chat_template.jinja")]
+
+
+def _characters(text: str) -> Marked:
+    spread = [(byte, place) for place, letter in enumerate(text) for byte in letter.encode("utf-8")]
+    return Marked([byte for byte, _ in spread], [(place, place + 1) for _, place in spread])
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def _first_line(error: Exception) -> str:

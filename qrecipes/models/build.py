@@ -1,7 +1,7 @@
 """From a model's name and arguments to an nn.Module with random weights, on any device.
 
-`torchtune:` reaches every builder of torchtune, its component builders included; `timm:` every model that
-timm knows.
+`hf:` names a Hugging Face folder, whose config.json says which builder of torchtune makes it; `torchtune:`
+reaches every builder, component builders included; `timm:` every model that timm knows.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache, partial
 from importlib import import_module
+from pathlib import Path
 from pkgutil import iter_modules
 from typing import TYPE_CHECKING, Any, get_type_hints
 
@@ -22,7 +23,9 @@ from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from qrecipes import compat
-from qrecipes.errors import ConfigError
+from qrecipes.errors import ConfigError, WeightsError
+from qrecipes.models import gemma2, hub
+from qrecipes.models.sources import pretrained, resolve
 
 if TYPE_CHECKING:
     from qrecipes.config.run import ModelSection
@@ -55,21 +58,31 @@ class Builder:
         ]
 
 
-def build(section: ModelSection, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> nn.Module:
-    """The model of `section` with random weights; deterministic given torch's global seed.
+def build(
+    section: ModelSection,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    initialize: bool | None = None,
+) -> nn.Module:
+    """The model of `section`, ready for its weights; with random ones where it names none.
 
-    Built in float32, then the parameters are cast to `dtype`, and the buffers of timm's models with them.
-    torchtune's buffers, its rotary caches, stay float32, and so do norms that keep running statistics. On
-    "meta" nothing is allocated or initialized.
+    Random weights are deterministic given torch's global seed. Where weights will be loaded, those of a
+    torchtune decoder are left as the memory was, which saves minutes with a large model, and no random number
+    is drawn; `initialize` says otherwise. Built in float32, then the parameters are cast to `dtype`, and the
+    buffers of timm's models with them. torchtune's buffers, its rotary caches, stay float32, and so do norms
+    that keep running statistics. On "meta" nothing is allocated or initialized.
 
     Raises:
         ConfigError: if the source is unknown, or does not take the arguments.
+        WeightsError: if a Hugging Face folder is missing, or of a kind that torchtune does not compute.
     """
+    section = resolve(section)
     kind, _, name = section.source.partition(":")
     if kind not in ("torchtune", "timm") or not name:
         raise ConfigError(
-            f"model.source: {section.source!r} is not 'torchtune:BUILDER', 'torchtune:FAMILY.BUILDER' "
-            "or 'timm:NAME'"
+            f"model.source: {section.source!r} is not 'hf:FOLDER', 'torchtune:BUILDER', "
+            "'torchtune:FAMILY.BUILDER' or 'timm:NAME'"
         )
     device = torch.device(device)
     construct = (
@@ -77,21 +90,37 @@ def build(section: ModelSection, *, dtype: torch.dtype, device: torch.device | s
         if kind == "torchtune"
         else _timm_model(name, section.args, device)
     )
-    with _default_dtype(dtype if _quantizes(construct) else torch.float32), device:
+    default_dtype = dtype if _quantizes(construct) else torch.float32
+    if initialize is None:
+        initialize = pretrained(section) is None
+    if kind == "torchtune" and not initialize and device.type != "meta":
+        model = _uninitialized(construct, default_dtype, dtype, device)
+        if model is not None:
+            return model
+    with _default_dtype(default_dtype), device:
         model = construct()
-    if kind == "torchtune" and device.type != "meta":
-        initialize_(model, section.init_std)
+    if kind == "torchtune":
+        gemma2.repair_(model)
+        if device.type != "meta":
+            initialize_(model, section.init_std)
     cast_(model, dtype, buffers=kind == "timm")
     return model
 
 
 def check_source(section: ModelSection) -> None:
-    """Raise ConfigError where `build` would refuse the source or its arguments; allocates nothing."""
+    """Raise ConfigError where `build` would refuse the source or its arguments; allocates nothing, and
+    fetches nothing from the hub."""
     kind, _, name = section.source.partition(":")
-    if kind == "torchtune":
-        _torchtune_model(name, section.args)
-    else:
+    if kind == "timm":
         build(section, dtype=torch.float32, device="meta")
+        return
+    if kind == "hf" and hub.is_repository(name) and not Path(name).exists():
+        return  # its config.json is read when the run starts
+    try:
+        resolved = resolve(section)
+        _torchtune_model(resolved.source.partition(":")[2], resolved.args)
+    except WeightsError as error:
+        raise ConfigError(f"model.source: {error}") from error
 
 
 def resolve_dtype(section: ModelSection, device: torch.device | str) -> torch.dtype:
@@ -169,6 +198,36 @@ def cast_(model: nn.Module, dtype: torch.dtype, *, buffers: bool) -> None:
         ]:
             if type(tensor.data) is Tensor and tensor.is_floating_point():
                 tensor.data = tensor.data.to(dtype)
+
+
+def _uninitialized(
+    construct: partial[nn.Module], default_dtype: torch.dtype, dtype: torch.dtype, device: torch.device
+) -> nn.Module | None:
+    """A torchtune decoder whose parameters are memory as it was, and whose rotary caches are right.
+
+    None where a model holds what its weights' file may not: adapters, quantized weights, other buffers.
+    """
+    from torchtune.modules import TransformerDecoder
+
+    with _default_dtype(default_dtype), torch.device("meta"):
+        model = construct()
+    rotary: list[Any] = [module for module in model.modules() if hasattr(module, "rope_init")]
+    cached = {id(buffer) for module in rotary for buffer in module.buffers()}
+    if (
+        not isinstance(model, TransformerDecoder)
+        or any(hasattr(module, "adapter_params") for module in model.modules())
+        or any(type(parameter.data) is not Tensor for parameter in model.parameters())
+        or any(id(buffer) not in cached for buffer in model.buffers())
+        or any(isinstance(value, Tensor) for module in model.modules() for value in vars(module).values())
+    ):
+        return None
+    gemma2.repair_(model)
+    cast_(model, dtype, buffers=False)
+    model.to_empty(device=device)
+    with _default_dtype(torch.float32), device:
+        for module in rotary:
+            module.rope_init()
+    return model
 
 
 @contextmanager
