@@ -116,7 +116,7 @@ def measure(case: str, folder: Path) -> dict[str, Any]:
             torch.cuda.synchronize()
         seconds = time.perf_counter() - start
     assert all(p.device.type == device for p in model.parameters())
-    versions = {"torch": torch.__version__}
+    versions = {"torch": str(torch.__version__)}
     if case == "transformers":
         versions["transformers"] = transformers.__version__
     return {
@@ -174,7 +174,7 @@ def write_random(folder: Path, layers: int) -> None:
         shards[-1][name] = shape
         held += size
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         file = f"model-{number:05}-of-{len(shards):05}.safetensors"
         tensors = {

@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from qrecipes import compat
 from qrecipes.errors import ConfigError, WeightsError
 from qrecipes.models import gemma2, hub
-from qrecipes.models.sources import pretrained, resolve
+from qrecipes.models.families import Config
+from qrecipes.models.sources import pretrained, resolve, translate
 
 if TYPE_CHECKING:
     from qrecipes.config.run import ModelSection
@@ -104,6 +105,18 @@ def build(
         if device.type != "meta":
             initialize_(model, section.init_std)
     cast_(model, dtype, buffers=kind == "timm")
+    return model
+
+
+def build_skeleton(config: Config, folder: Path, args: dict[str, Any]) -> nn.Module:
+    """The decoder that the config.json of a Hugging Face `folder` describes, on the meta device.
+
+    Raises as `build`.
+    """
+    builder, arguments = translate(config, folder, args)
+    with torch.device("meta"):
+        model = _torchtune_model(builder, arguments)()
+    gemma2.repair_(model)
     return model
 
 

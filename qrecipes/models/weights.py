@@ -1,54 +1,58 @@
 """Pretrained weights on disk into a built model, and a trained model back into a Hugging Face folder.
 
-A Llama checkpoint of Hugging Face names its tensors differently from torchtune, and orders the rows of the
-query and key projections for another form of rotary embedding: within a head it keeps the first components of
-all rotated pairs, then the second ones, where torchtune keeps each pair together.
+A Hugging Face checkpoint names its tensors differently from torchtune, orders the rows of some of them
+differently, and stacks some; `families` has the tables.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from qrecipes import assets
 from qrecipes.errors import ConfigError, ExportError, WeightsError
-from qrecipes.models.build import initialize_adapter_magnitudes_
+from qrecipes.models.build import build_skeleton, initialize_adapter_magnitudes_
+from qrecipes.models.checkpoint_files import Checkpoint, read_config, some, write_sharded
+from qrecipes.models.families import (
+    EMBEDDING,
+    HF_EMBEDDING,
+    HF_OUTPUT,
+    OUTPUT,
+    Config,
+    Family,
+    complete,
+    family_of,
+    overridden,
+    rotary_frequencies,
+)
+from qrecipes.models.hub import locate
+from qrecipes.models.sources import pretrained, source_folder
+from qrecipes.models.traits import rotary_theta, traits
 
 if TYPE_CHECKING:
     from qrecipes.config.run import ModelSection
 
-SUPPORTED_ARCHITECTURES = ("LlamaForCausalLM",)
-SHOWN = 5
-"""How many tensors that do not fit an error lists."""
+__all__ = [
+    "Checkpoint",
+    "load_pretrained",
+    "locate",
+    "pretrained",
+    "save_huggingface",
+    "source_folder",
+    "state_dict_to_huggingface",
+]
 
-_EMBEDDING, _OUTPUT = "tok_embeddings.weight", "output.weight"
-_TO_HUGGINGFACE = {
-    _EMBEDDING: "model.embed_tokens.weight",
-    "norm.scale": "model.norm.weight",
-    _OUTPUT: "lm_head.weight",
-    "layers.{}.attn.q_proj.weight": "model.layers.{}.self_attn.q_proj.weight",
-    "layers.{}.attn.k_proj.weight": "model.layers.{}.self_attn.k_proj.weight",
-    "layers.{}.attn.v_proj.weight": "model.layers.{}.self_attn.v_proj.weight",
-    "layers.{}.attn.output_proj.weight": "model.layers.{}.self_attn.o_proj.weight",
-    "layers.{}.mlp.w1.weight": "model.layers.{}.mlp.gate_proj.weight",
-    "layers.{}.mlp.w2.weight": "model.layers.{}.mlp.down_proj.weight",
-    "layers.{}.mlp.w3.weight": "model.layers.{}.mlp.up_proj.weight",
-    "layers.{}.sa_norm.scale": "model.layers.{}.input_layernorm.weight",
-    "layers.{}.mlp_norm.scale": "model.layers.{}.post_attention_layernorm.weight",
-}
-_FROM_HUGGINGFACE = {theirs: ours for ours, theirs in _TO_HUGGINGFACE.items()}
-_ROTATED = re.compile(r"\.(q|k)_proj\.weight$")
+MAX_SHARD_BYTES = 5_000_000_000
+_ROTATED = re.compile(r"\.(q|k)_proj\.(weight|bias)$")
 _RECOMPUTED = re.compile(r"\.rotary_emb\.inv_freq$")
 """Tensors in old checkpoints that follow from config.json."""
 _COPIED = (
@@ -65,219 +69,139 @@ _COPIED = (
 )
 
 
+Reorder = Callable[[str, Tensor], Tensor]
+"""(our name of a tensor, the tensor) -> the tensor with its rows in another order."""
+
+
 @dataclass(frozen=True)
-class Checkpoint:
-    """Tensors in one or several safetensors files, read one at a time."""
+class _Source:
+    """Where one tensor of a model lies in a checkpoint."""
 
-    path: Path
-    files: dict[str, Path]
-    """The file that holds each tensor, by the tensor's name."""
-    shapes: dict[str, tuple[int, ...]]
-
-    @classmethod
-    def open(cls, path: Path) -> Checkpoint:
-        """Read the headers of a safetensors file, or of those in a folder, sharded or not.
-
-        Raises:
-            WeightsError: naming the file that is missing, truncated or damaged.
-        """
-        files: dict[str, Path] = {}
-        shapes: dict[str, tuple[int, ...]] = {}
-        for file in _files(path):
-            for name, shape in _header(file).items():
-                files[name], shapes[name] = file, shape
-        return cls(path, files, shapes)
-
-    def read(self, names: list[str]) -> Iterator[tuple[str, Tensor]]:
-        """Tensors by name, one in memory at a time, file after file."""
-        for file in dict.fromkeys(self.files[name] for name in names):
-            with safe_open(file, framework="pt") as opened:
-                for name in names:
-                    if self.files[name] == file:
-                        yield name, opened.get_tensor(name)
+    name: str
+    stacked: tuple[str, ...] = ()
+    """Our names of the tensors that are stacked by rows in that one, if several are."""
 
 
 def load_pretrained(model: nn.Module, section: ModelSection) -> Path:
-    """Fill `model` in place from `section.weights`, and return the folder that they came from.
+    """Fill `model` in place from the weights that `section` names, and return the folder that they came from.
 
-    Takes a Hugging Face folder of a Llama for torchtune's decoders, and for any model safetensors whose names
-    are the model's own. Tensors are cast to the type of the parameters. Adapters keep their values where the
-    file has none.
+    Takes a Hugging Face folder of a family that `families` lists for torchtune's decoders, and for any model
+    safetensors whose names are the model's own. Tensors are read one at a time and cast to the type of the
+    parameters, on their device. Adapters keep their values where the file has none.
 
     Raises:
         WeightsError: if the weights are missing, damaged, of another architecture, or do not fit the model;
         the model is then unchanged.
+        ConfigError: if the section names no weights, or the model is longer than a window that it lacks.
     """
-    if section.weights is None:
+    name = pretrained(section)
+    if name is None:
         raise ConfigError(
             "model.weights: not given; name a folder, a safetensors file, asset:NAME or OWNER/NAME"
         )
-    path = locate(section.weights)
+    path = locate(name, "model.weights" if section.weights else "model.source")
     folder = path if path.is_dir() else path.parent
     checkpoint = Checkpoint.open(path)
     targets = _targets(model)
-    config = _read_config(folder)
+    config = read_config(folder)
     if config is None or set(checkpoint.files) == set(targets):
-        sources = {name: name for name in checkpoint.files}
+        sources = {name: _Source(name) for name in checkpoint.files}
         _check_fit(model, targets, checkpoint, sources)
-        head_dim = 0
+        reorder: Reorder = _as_it_is
     else:
-        sources = _llama_sources(model, targets, checkpoint, config)
+        family = family_of(config, path)
+        known = complete(family, config, path)
+        sources = _family_sources(model, targets, checkpoint, family, known)
         _check_fit(model, targets, checkpoint, sources)
-        _check_architecture(model, path, config)
-        head_dim = _head_dim(config)
-    _copy(targets, checkpoint, sources, head_dim)
+        _check_architecture(model, path, config, folder)
+        reorder = _reordering(family, known, _pairs_together)
+    _copy(targets, checkpoint, sources, reorder)
     initialize_adapter_magnitudes_(model)
     return folder
 
 
-def locate(weights: str) -> Path:
-    """The local folder or file of `weights`; a hub repository `OWNER/NAME` is downloaded, or found cached.
-
-    Raises:
-        WeightsError: if there is nothing of that name.
-    """
-    path = assets.resolve(weights)
-    if path.exists():
-        return path
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", weights) or weights.startswith("."):
-        raise WeightsError(f"model.weights: {weights}: no such file or folder")
-    import huggingface_hub
-
-    try:
-        wanted = ["*.json", "*.safetensors", *_COPIED]
-        return Path(huggingface_hub.snapshot_download(weights, allow_patterns=wanted))
-    except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
-        reason = next(iter(str(error).splitlines()), "")
-        raise WeightsError(
-            f"model.weights: {weights}: no such folder here, and no repository of that name from the hub "
-            f"({type(error).__name__}: {reason}); without a network, give a folder"
-        ) from error
-
-
 def state_dict_to_huggingface(state_dict: dict[str, Tensor], config: dict[str, Any]) -> dict[str, Tensor]:
-    """A torchtune Llama's state dict under Hugging Face's names and in its order of rows; inverse of loading.
+    """A torchtune decoder's state dict under Hugging Face's names and in its order of rows; inverse of
+    loading.
 
     `config` is the content of config.json. An output layer is left out where `config` ties it to the
     embedding.
 
     Raises:
-        ExportError: if a tensor has no counterpart in a Hugging Face Llama.
+        ExportError: if a tensor has no counterpart in a Hugging Face model of that family.
     """
-    unknown = [name for name in state_dict if _pattern(name) not in _TO_HUGGINGFACE]
-    if unknown:
-        raise ExportError(
-            f"{len(unknown)} tensors have no place in a Hugging Face Llama: {_some(unknown)}; "
-            "only plain layers do, so finalize the model first"
-        )
-    tied = config.get("tie_word_embeddings", False)
+    family = family_of(config, "config.json")
+    known = complete(family, config, "config.json")
     return {
-        _renamed(name, _TO_HUGGINGFACE): _pairs_apart(tensor, _head_dim(config))
-        if _ROTATED.search(name)
-        else tensor
-        for name, tensor in state_dict.items()
-        if not (tied and name == _OUTPUT)
+        name: _assembled(family, known, state_dict, ours)
+        for name, ours in _places(family, known, state_dict).items()
     }
 
 
 def save_huggingface(
-    model: nn.Module, source_folder: Path, destination: Path, *, dtype: torch.dtype | None = None
+    model: nn.Module,
+    source_folder: Path,
+    destination: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    args: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
     """Write `model` as a Hugging Face folder that `transformers` loads, with the source folder's tokenizer.
 
-    Writes model.safetensors, in `dtype` or else in the parameters' own; config.json, the source's with its
-    type and tying corrected; and copies of generation_config.json and the tokenizer's files.
+    Writes model.safetensors, or shards of at most `max_shard_bytes` and their index, in `dtype` or else in
+    the parameters' own; config.json, the source's with its type and tying corrected; and copies of
+    generation_config.json and the tokenizer's files. `destination` appears by a rename, complete. `args` are
+    the builder's arguments that overrode config.json, if any did, and are written into it.
 
     Raises:
-        ExportError: if the model is no torchtune Llama decoder of plain layers, or does not fit the source's
-        config.
+        ExportError: if the model is no torchtune decoder of plain layers, does not fit the source's config,
+        or cannot be written.
     """
-    config = _read_config(source_folder)
+    config = read_config(source_folder)
     if config is None:
         raise ExportError(
             f"{source_folder}: no config.json of a Hugging Face model, so there is none to write"
         )
-    problem = _architecture_problem(config)
-    if problem:
-        raise ExportError(f"{source_folder}: {problem}")
+    if destination.resolve() == source_folder.resolve():
+        raise ExportError(f"{destination}: is the folder that the model came from; name another")
+    if destination.is_dir() and any(destination.iterdir()) and read_config(destination) is None:
+        raise ExportError(f"{destination}: exists and is no Hugging Face folder; name another, or remove it")
     state_dict = {name: tensor.detach() for name, tensor in model.state_dict().items()}
-    config["tie_word_embeddings"] = _OUTPUT not in state_dict
-    tensors = {
-        name: tensor.to(device="cpu", dtype=dtype or tensor.dtype).contiguous()
-        for name, tensor in state_dict_to_huggingface(state_dict, config).items()
-    }
-    written_type = str(tensors["model.embed_tokens.weight"].dtype).removeprefix("torch.")
+    try:
+        family = family_of(config, source_folder)
+        config |= overridden(family, args)
+        if HF_OUTPUT in family.names:
+            config["tie_word_embeddings"] = OUTPUT not in state_dict
+        known = complete(family, config, source_folder)
+    except WeightsError as error:
+        raise ExportError(str(error)) from error
+    places = _places(family, known, state_dict)
+    _check_describes(model, state_dict, config, source_folder)
     for key in [key for key in ("torch_dtype", "dtype") if key in config] or ["dtype"]:
-        config[key] = written_type
-    destination.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, destination / "model.safetensors", metadata={"format": "pt"})
-    (destination / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    for name in _COPIED:
-        if (source_folder / name).is_file():
-            shutil.copyfile(source_folder / name, destination / name)
+        config[key] = str(dtype or state_dict[EMBEDDING].dtype).removeprefix("torch.")
+    sizes = {
+        name: sum(state_dict[n].numel() * (dtype or state_dict[n].dtype).itemsize for n in ours)
+        for name, ours in places.items()
+    }
 
+    def tensor(name: str) -> Tensor:
+        whole = _assembled(family, known, state_dict, places[name])
+        return whole.to(device="cpu", dtype=dtype or whole.dtype).contiguous()
 
-def _files(path: Path) -> list[Path]:
-    """The safetensors files of a checkpoint."""
-    if path.is_file():
-        return [path]
-    index = path / "model.safetensors.index.json"
-    if index.is_file():
-        weight_map = _read_json(index).get("weight_map", {})
-        files = [path / name for name in sorted(set(weight_map.values()))]
-        missing = [file.name for file in files if not file.is_file()]
-        if missing:
-            raise WeightsError(f"{path}: {len(missing)} of {len(files)} shards are missing: {_some(missing)}")
-        return files
-    if (path / "model.safetensors").is_file():
-        return [path / "model.safetensors"]
-    others = sorted(
-        file.name for file in path.glob("*") if file.suffix in (".safetensors", ".bin", ".pth", ".pt")
-    )
-    there = f"; it has {_some(others)}" if others else ""
-    raise WeightsError(f"{path}: no model.safetensors and no model.safetensors.index.json{there}")
-
-
-def _header(file: Path) -> dict[str, tuple[int, ...]]:
-    """Shapes of the tensors in a safetensors file, by name."""
+    partial = destination.with_name(destination.name + ".partial")
     try:
-        with safe_open(file, framework="pt") as opened:
-            return {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise WeightsError(
-            f"{file}: truncated, damaged or no safetensors file ({error}); fetch it again"
-        ) from error
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise WeightsError(f"{file}: not readable as JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise WeightsError(f"{file}: holds {type(content).__name__}, not an object")
-    return content
-
-
-def _read_config(path: Path) -> dict[str, Any] | None:
-    """config.json of a Hugging Face model; None where there is none, or only another library's."""
-    file = path / "config.json"
-    if not file.is_file():
-        return None
-    config = _read_json(file)
-    return config if "model_type" in config or "architectures" in config else None
-
-
-def _architecture_problem(config: dict[str, Any]) -> str | None:
-    names = config.get("architectures") or [config.get("model_type")]
-    if any(name in SUPPORTED_ARCHITECTURES for name in names) or config.get("model_type") == "llama":
-        return None
-    return f"architecture {names[0]} is not supported; supported: {', '.join(SUPPORTED_ARCHITECTURES)}"
-
-
-def _missing_keys(config: dict[str, Any]) -> str | None:
-    missing = [key for key in ("hidden_size", "num_attention_heads") if not isinstance(config.get(key), int)]
-    return f"config.json lacks {', '.join(missing)}" if missing else None
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        write_sharded(partial, sizes, tensor, max_shard_bytes)
+        (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        for file in _COPIED:
+            if (source_folder / file).is_file():
+                shutil.copyfile(source_folder / file, partial / file)
+        shutil.rmtree(destination, ignore_errors=True)
+        partial.rename(destination)
+    except (OSError, SafetensorError) as error:
+        raise ExportError(f"{destination}: cannot be written: {error}; name another folder") from error
 
 
 def _targets(model: nn.Module) -> dict[str, Tensor]:
@@ -293,56 +217,79 @@ def _targets(model: nn.Module) -> dict[str, Tensor]:
     return targets
 
 
-def _llama_sources(
-    model: nn.Module, targets: dict[str, Tensor], checkpoint: Checkpoint, config: dict[str, Any]
-) -> dict[str, str]:
-    """The checkpoint's name for each name of the model."""
+def _family_sources(
+    model: nn.Module, targets: dict[str, Tensor], checkpoint: Checkpoint, family: Family, config: Config
+) -> dict[str, _Source]:
+    """The source of each tensor of the model, by our names."""
     from torchtune.modules import TransformerDecoder
 
-    problem = _architecture_problem(config) or _missing_keys(config)
-    if problem is None and not isinstance(model, TransformerDecoder):
-        problem = f"a Llama checkpoint fits torchtune's decoders, and the model is a {type(model).__name__}"
-    if problem:
-        raise WeightsError(f"{checkpoint.path}: {problem}")
-    tied = config.get("tie_word_embeddings", False)
-    sources = {}
-    for name in checkpoint.files:
-        if not (_RECOMPUTED.search(name) or (tied and name == _TO_HUGGINGFACE[_OUTPUT])):
-            sources[_renamed(name, _FROM_HUGGINGFACE)] = name
-    if tied and _OUTPUT in targets:
-        sources[_OUTPUT] = sources.get(_EMBEDDING, _TO_HUGGINGFACE[_EMBEDDING])
-    if not tied and _OUTPUT in sources and _OUTPUT not in targets:
+    if not isinstance(model, TransformerDecoder):
         raise WeightsError(
-            f"{checkpoint.path}: has its own output layer (lm_head.weight), and the model ties its output to "
+            f"{checkpoint.path}: {family.architecture} fits torchtune's decoders, and the model is a "
+            f"{type(model).__name__}"
+        )
+    tied = config["tie_word_embeddings"]
+    sources: dict[str, _Source] = {}
+    for name in checkpoint.files:
+        if _RECOMPUTED.search(name) or (tied and name == HF_OUTPUT):
+            continue
+        pattern, layer = _pattern(name)
+        ours = tuple(part.format(layer) for part in family.names.get(pattern, (name,)))
+        sources |= {part: _Source(name, ours if len(ours) > 1 else ()) for part in ours}
+    if tied and OUTPUT in targets:
+        sources[OUTPUT] = _Source(HF_EMBEDDING)
+    if not tied and OUTPUT in sources and OUTPUT not in targets:
+        raise WeightsError(
+            f"{checkpoint.path}: has its own output layer ({HF_OUTPUT}), and the model ties its output to "
             "the embedding; set model.args.tie_word_embeddings = false, or use a builder that does not tie"
         )
     return sources
 
 
-def _check_architecture(model: Any, path: Path, config: dict[str, Any]) -> None:
-    """Compare with config.json what shapes do not show: heads, norms and rotary frequencies."""
-    from torchtune.models.llama3_1 import Llama3ScaledRoPE
-    from torchtune.modules import MultiHeadAttention, RMSNorm, RotaryPositionalEmbeddings
-
-    attention = next(module for module in model.modules() if isinstance(module, MultiHeadAttention))
-    norm, rotary = model.norm, attention.pos_embeddings
-    if type(rotary) not in (RotaryPositionalEmbeddings, Llama3ScaledRoPE) or type(norm) is not RMSNorm:
+def _check_fit(
+    model: nn.Module, targets: dict[str, Tensor], checkpoint: Checkpoint, sources: dict[str, _Source]
+) -> None:
+    """Compare names and shapes before anything is copied."""
+    optional = _adapter_names(model)
+    missing = [name for name in targets if name not in sources and name not in optional]
+    unexpected = [source.name for name, source in sources.items() if name not in targets]
+    wrong = {}
+    for name in targets:
+        source = sources.get(name)
+        if source is None:
+            continue
+        if source.name not in checkpoint.shapes:
+            missing.append(name)
+            continue
+        parts = source.stacked or (name,)
+        rows = sum(len(targets[part]) if targets[part].dim() else 0 for part in parts if part in targets)
+        expected = [rows, *targets[name].shape[1:]] if targets[name].dim() else []
+        if list(checkpoint.shapes[source.name]) != expected:
+            found = list(checkpoint.shapes[source.name])
+            wrong[source.name] = f"{source.name}: found {found}, expected {expected} ({', '.join(parts)})"
+    problems = []
+    if wrong:
+        problems.append(f"{len(wrong)} of another shape: {some(list(wrong.values()))}")
+    if missing:
+        problems.append(f"{len(missing)} missing: {some(missing)}")
+    if unexpected:
+        problems.append(f"{len(unexpected)} unexpected: {some(list(dict.fromkeys(unexpected)))}")
+    if problems:
         raise WeightsError(
-            f"{path}: a Llama checkpoint; the model has {type(norm).__name__} and {type(rotary).__name__}; "
-            "use a Llama or Mistral builder"
+            f"{checkpoint.path}: of {len(checkpoint.files)} tensors for {len(targets)} places in the model: "
+            f"{'; '.join(problems)}"
         )
-    heads = config["num_attention_heads"]
-    pairs = {
-        "num_attention_heads": (heads, attention.num_heads),
-        "num_key_value_heads": (config.get("num_key_value_heads") or heads, attention.num_kv_heads),
-        "head_dim": (_head_dim(config), attention.head_dim),
-        "rms_norm_eps": (config.get("rms_norm_eps", 1e-6), norm.eps),
-        "hidden_act": (config.get("hidden_act", "silu"), "silu"),
-    }
-    wrong = [f"{key} {theirs}, model {ours}" for key, (theirs, ours) in pairs.items() if theirs != ours]
+
+
+def _check_architecture(model: Any, path: Path, config: Config, folder: Path) -> None:
+    """Compare with config.json what shapes do not show: heads, norms, caps, rotary frequencies."""
+    skeleton = build_skeleton(config, folder, {"max_seq_len": model.max_seq_len})
+    expected, found = traits(skeleton), traits(model)
+    wrong = [f"{key} {expected[key]}, model {found[key]}" for key in expected if expected[key] != found[key]]
     if not wrong:
-        theta, frequencies = rotary.theta.float().cpu(), _rotary_frequencies(path, config)
-        if not torch.allclose(theta[: len(frequencies)], frequencies, rtol=1e-4):  # float32 powers
+        family = family_of(config, folder)
+        theta, frequencies = rotary_theta(model), rotary_frequencies(complete(family, config, folder))
+        if not torch.allclose(theta, frequencies, rtol=1e-4):  # float32 powers
             wrong.append(
                 f"rope_theta or rope scaling: lowest frequency {frequencies[-1]:.4g}, model {theta[-1]:.4g} "
                 "(builder arguments rope_base and scale_factor)"
@@ -351,55 +298,22 @@ def _check_architecture(model: Any, path: Path, config: dict[str, Any]) -> None:
         raise WeightsError(f"{path}: config.json differs from the model: {'; '.join(wrong)}")
 
 
-def _rotary_frequencies(path: Path, config: dict[str, Any]) -> Tensor:
-    """Rotary frequencies of config.json, [head_dim // 2]: plain ones, or Llama 3.1's scaled ones."""
-    # transformers 5 writes `rope_parameters`; before, there were `rope_theta` and `rope_scaling`
-    rope = {"rope_theta": config.get("rope_theta", 10_000.0)} | (config.get("rope_scaling") or {})
-    rope |= config.get("rope_parameters") or {}
-    head_dim = _head_dim(config)
-    frequencies = rope["rope_theta"] ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "llama3":
-        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-        turns = rope["original_max_position_embeddings"] * frequencies / (2 * math.pi)
-        smooth = ((turns - low) / (high - low)).clamp(0, 1)
-        frequencies = (1 - smooth) * frequencies / rope["factor"] + smooth * frequencies
-    elif kind != "default":
-        raise WeightsError(
-            f"{path}: rotary embeddings of type {kind!r} are not supported; use default or llama3"
-        )
-    return frequencies.float()
-
-
-def _check_fit(
-    model: nn.Module, targets: dict[str, Tensor], checkpoint: Checkpoint, sources: dict[str, str]
-) -> None:
-    """Compare names and shapes before anything is copied."""
-    optional = _adapter_names(model)
-    missing = [name for name in targets if name not in sources and name not in optional]
-    unexpected = [source for name, source in sources.items() if name not in targets]
-    wrong = []
-    for name in targets:
-        source = sources.get(name)
-        if source is None:
-            continue
-        if source not in checkpoint.shapes:
-            missing.append(name)
-        elif checkpoint.shapes[source] != tuple(targets[name].shape):
-            found, expected = list(checkpoint.shapes[source]), list(targets[name].shape)
-            wrong.append(f"{source}: found {found}, expected {expected} ({name})")
-    parts = []
-    if wrong:
-        parts.append(f"{len(wrong)} of another shape: {_some(wrong)}")
-    if missing:
-        parts.append(f"{len(missing)} missing: {_some(missing)}")
-    if unexpected:
-        parts.append(f"{len(unexpected)} unexpected: {_some(unexpected)}")
-    if parts:
-        raise WeightsError(
-            f"{checkpoint.path}: of {len(checkpoint.files)} tensors for {len(targets)} places in the model: "
-            f"{'; '.join(parts)}"
-        )
+def _check_describes(model: nn.Module, state_dict: dict[str, Tensor], config: Config, folder: Path) -> None:
+    """Raise ExportError where a model is not the one that the config.json of `folder` describes."""
+    try:
+        skeleton = build_skeleton(config, folder, {"max_seq_len": model.max_seq_len})
+        expected = {name: list(tensor.shape) for name, tensor in skeleton.state_dict().items()}
+        wrong = [
+            f"{name}: model {list(state_dict[name].shape) if name in state_dict else 'lacks it'}, "
+            f"config.json {expected.get(name, 'lacks it')}"
+            for name in sorted(expected.keys() | state_dict.keys())
+            if name not in state_dict or expected.get(name) != list(state_dict[name].shape)
+        ]
+        if wrong:
+            raise WeightsError(f"{folder}: {len(wrong)} tensors differ: {some(wrong)}")
+        _check_architecture(model, folder, config, folder)
+    except (WeightsError, ConfigError) as error:
+        raise ExportError(f"the model is not the one that its config.json describes: {error}") from error
 
 
 def _adapter_names(model: nn.Module) -> set[str]:
@@ -413,20 +327,70 @@ def _adapter_names(model: nn.Module) -> set[str]:
 
 
 @torch.no_grad()
-def _copy(targets: dict[str, Tensor], checkpoint: Checkpoint, sources: dict[str, str], head_dim: int) -> None:
-    """Copy tensor by tensor; a name unlike its source's shows that the source is Hugging Face's."""
+def _copy(
+    targets: dict[str, Tensor], checkpoint: Checkpoint, sources: dict[str, _Source], reorder: Reorder
+) -> None:
+    """Copy tensor by tensor; stacked ones are read part by part."""
     places: dict[str, list[str]] = {}
+    rows: dict[str, list[tuple[int, int] | None]] = {}
     for name, source in sources.items():
-        if name in targets:
-            places.setdefault(source, []).append(name)
-    for source, tensor in checkpoint.read(list(places)):
-        for name in places[source]:
-            reorder = source != name and _ROTATED.search(name)
-            targets[name].copy_(_pairs_together(tensor, head_dim) if reorder else tensor)
+        if name not in targets:
+            continue
+        places.setdefault(source.name, []).append(name)
+        rows.setdefault(source.name, []).append(_rows(name, source, targets))
+    for source_name, index, tensor in checkpoint.read(rows):
+        name = places[source_name][index]
+        targets[name].copy_(reorder(name, tensor))
 
 
-def _head_dim(config: dict[str, Any]) -> int:
-    return config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+def _rows(name: str, source: _Source, targets: dict[str, Tensor]) -> tuple[int, int] | None:
+    """The rows [start, end) of its source that are the tensor `name`; None where it has all of them."""
+    if not source.stacked:
+        return None
+    above = source.stacked[: source.stacked.index(name)]
+    start = sum(len(targets[part]) for part in above)
+    return start, start + len(targets[name])
+
+
+def _places(family: Family, config: Config, state_dict: dict[str, Tensor]) -> dict[str, tuple[str, ...]]:
+    """Our tensors in each of Hugging Face's, which come in the order of the model."""
+    theirs = {ours: (name, parts) for name, parts in family.names.items() for ours in parts}
+    unknown = [name for name in state_dict if _pattern(name)[0] not in theirs]
+    if unknown:
+        raise ExportError(
+            f"{len(unknown)} tensors have no place in a {family.architecture}: {some(unknown)}; "
+            "only plain layers do, so finalize the model first"
+        )
+    places = {}
+    for ours in state_dict:
+        if ours == OUTPUT and config["tie_word_embeddings"]:
+            continue
+        pattern, layer = _pattern(ours)
+        name, parts = theirs[pattern]
+        places[name.format(layer)] = tuple(part.format(layer) for part in parts)
+    return places
+
+
+def _assembled(
+    family: Family, config: Config, state_dict: dict[str, Tensor], ours: tuple[str, ...]
+) -> Tensor:
+    """One tensor of Hugging Face from those of ours that it holds."""
+    reorder = _reordering(family, config, _pairs_apart)
+    parts = [reorder(name, state_dict[name]) for name in ours]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _reordering(family: Family, config: Config, pairs: Callable[[Tensor, int], Tensor]) -> Reorder:
+    """`pairs` for queries and keys of a family whose rotation torchtune computes in another order."""
+
+    def reorder(name: str, tensor: Tensor) -> Tensor:
+        return pairs(tensor, config["head_dim"]) if family.pairs and _ROTATED.search(name) else tensor
+
+    return reorder
+
+
+def _as_it_is(name: str, tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def _pairs_together(weight: Tensor, head_dim: int) -> Tensor:
@@ -443,17 +407,7 @@ def _pairs_apart(weight: Tensor, head_dim: int) -> Tensor:
     return weight.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).reshape(weight.shape)
 
 
-def _pattern(name: str) -> str:
-    return re.sub(r"\.\d+\.", ".{}.", name)
-
-
-def _renamed(name: str, table: dict[str, str]) -> str:
-    """The name in the other format; one that has none stays, and is reported as unexpected."""
+def _pattern(name: str) -> tuple[str, str]:
+    """The name with its layer's number taken out, and the number."""
     layer = re.search(r"\.(\d+)\.", name)
-    return table.get(_pattern(name), name).format(layer[1] if layer else "")
-
-
-def _some(names: list[str]) -> str:
-    """The first few of a list, in words."""
-    more = f", ... ({len(names) - SHOWN} more)" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more
+    return re.sub(r"\.\d+\.", ".{}.", name, count=1), layer[1] if layer else ""

@@ -108,8 +108,9 @@ def liger_cross_entropy(
             f'task.loss: "liger" needs liger-kernel ({error}); install qrecipes[liger], or set '
             'task.loss = "chunked"'
         ) from error
-    parameters = list(_parameters(head))
-    if isinstance(head, nn.Module) and type(head) is not nn.Linear:
+    from torchtune.modules import TiedLinear
+
+    if type(head) not in (nn.Linear, TiedLinear):
         raise ConfigError(
             f'task.loss: "liger" takes a plain linear head, and this one is {type(head).__name__}; '
             'set task.loss = "chunked"'
@@ -119,6 +120,7 @@ def liger_cross_entropy(
             f'task.loss: "liger" runs on a GPU, the model is on {hidden.device.type}; '
             'set task.loss = "chunked"'
         )
+    parameters = list(_parameters(head))
     return liger_fused_linear_cross_entropy(
         hidden.flatten(0, -2),
         parameters[0],
