@@ -35,3 +35,7 @@ class ProbeError(QRecipesError):
 
 class TrainingError(QRecipesError):
     """Training that cannot go on, such as a loss that became NaN."""
+
+
+class GenerationError(QRecipesError):
+    """Text that cannot be generated, such as by a model whose logits are NaN."""

@@ -20,7 +20,7 @@ from qrecipes.data import build_data
 from qrecipes.data.tokenizers import tokenizer_of
 from qrecipes.errors import TrainingError
 from qrecipes.models.build import build, resolve_dtype
-from qrecipes.models.weights import load_pretrained
+from qrecipes.models.weights import load_pretrained, pretrained
 from qrecipes.parallel import process as processes
 from qrecipes.parallel.apply import parallelize
 from qrecipes.parallel.process import Process
@@ -63,6 +63,10 @@ def train(run: Run, process: Process) -> int:
     data, held_out = build_data(
         run.data, tokenizer, task=run.task, seed=run.seed, rank=process.rank, world=process.world
     )
+    if process.is_main:
+        print(f"training data: {data.describe()}", file=sys.stderr)
+        if held_out is not None:
+            print(f"held-out data: {held_out.describe()}", file=sys.stderr)
 
     seed_building(run.seed)
     home = process.device if process.mesh is None else torch.device("cpu")  # sharding moves each rank's part
@@ -71,10 +75,10 @@ def train(run: Run, process: Process) -> int:
     largest = [source.max_token() for source in (data, held_out) if source is not None]
     vocabulary = tokenizer.vocab_size if tokenizer is not None else None
     task.check_fits(model, vocabulary, max((n for n in largest if n is not None), default=None))
-    if run.model.weights is not None:
+    if pretrained(run.model) is not None:
         load_pretrained(model, run.model)
     start = data.state_dict()
-    probe_batch = data.next_batch().head(1, PROBE_TOKENS).to(home)
+    probe_batch = data.next_batch().head(1, PROBE_TOKENS).all_targets().to(home)
     data.load_state_dict(start)
     plain = Task(
         replace(run.task, loss="plain")

@@ -9,7 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from qrecipes.config.problems import Problem, attribute, did_you_mean
-from qrecipes.config.run import Run
+from qrecipes.config.run import ConversationSection, Run
 from qrecipes.errors import ConfigError
 from qrecipes.transforms.base import transform_for
 
@@ -20,7 +20,14 @@ def check(run: Run) -> None:
     Raises:
         ConfigError: with one line a problem, `KEY: value, rule; remedy`.
     """
-    problems = [*_schedule(run), *_task(run), *_sizes(run), *_paths(run), *_transforms(run)]
+    problems = [
+        *_schedule(run),
+        *_task(run),
+        *_conversation(run),
+        *_sizes(run),
+        *_paths(run),
+        *_transforms(run),
+    ]
     if problems:
         raise ConfigError("\n".join(map(str, problems)))
 
@@ -56,10 +63,37 @@ def _task(run: Run) -> Iterator[Problem]:
             f"{run.model.source!r} classifies images, and task.kind is 'language_modeling'; "
             'set task.kind = "classification", or take a torchtune model',
         )
-    if task == "language_modeling" and source in ("text", "dataset") and run.tokenizer is None:
+    own_tokenizer = run.model.source.startswith("hf:")  # in the model's folder
+    needs_tokenizer = (
+        source in ("text", "dataset", "conversations") and run.tokenizer is None and not own_tokenizer
+    )
+    if task == "language_modeling" and needs_tokenizer:
         yield Problem(
             ("data", "source"),
             f'{source!r} is text, and there is no tokenizer; add [tokenizer], such as kind = "bytes"',
+        )
+
+
+def _conversation(run: Run) -> Iterator[Problem]:
+    data, section = run.data, run.data.conversation
+    if data.source != "conversations":
+        if section != ConversationSection():
+            yield Problem(
+                ("data", "conversation"),
+                f"has no use with data.source {data.source!r}; remove it, or set data.source = "
+                '"conversations"',
+            )
+        return
+    longest = max(section.length_buckets, default=data.sequence_length)
+    if longest != data.sequence_length:
+        yield Problem(
+            ("data", "conversation", "length_buckets"),
+            f"the longest is {longest}, and data.sequence_length, the longest row, is "
+            f"{data.sequence_length}; make them equal",
+        )
+    if section.format == "text" and section.system is not None:
+        yield Problem(
+            ("data", "conversation", "system"), "text has no turns for it to stand before; remove it"
         )
 
 

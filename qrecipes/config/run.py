@@ -123,12 +123,35 @@ class ConversationSection:
     its last turn only; or all."""
     too_long: Literal["truncate", "drop", "error"] = "truncate"
     """What becomes of a conversation of more than `data.sequence_length` tokens; how many is reported."""
+    malformed: Literal["error", "drop"] = "error"
+    """What becomes of a row that is no conversation: a column is missing or holds no text, nobody answers,
+    or the template refuses the order of its turns. Rows with an empty answer are always dropped; how many is
+    reported."""
     packing: bool = True
     """Put several conversations into one sequence; none attends to another. Otherwise each has a row of its
     own, padded."""
     length_buckets: tuple[PositiveInt, ...] = ()
     """Without packing, the lengths to which rows are padded, so that a compiled model sees few shapes; a
     micro-batch holds rows of one bucket. Absent: powers of two from 64 to `data.sequence_length`."""
+
+    def __post_init__(self) -> None:
+        known = ("instruction", "input", "output", "system", "messages", "text")
+        unknown = [name for name in self.columns if name not in known]
+        if unknown:
+            raise ConfigError(
+                f"data.conversation.columns: {unknown[0]!r} is not one of {', '.join(known)}; our name comes "
+                'first, the data\'s second: columns = { instruction = "query", output = "response" }'
+            )
+        if self.packing and self.length_buckets:
+            raise ConfigError(
+                "data.conversation.length_buckets: have no use with packing, where every row has "
+                "data.sequence_length tokens; remove them, or set packing = false"
+            )
+        if list(self.length_buckets) != sorted(set(self.length_buckets)):
+            raise ConfigError(
+                f"data.conversation.length_buckets: {list(self.length_buckets)} do not ascend; sort them, "
+                "each once"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,9 +163,9 @@ class DataSection:
     source: Literal["text", "tokens", "dataset", "conversations", "images", "synthetic"]
     """`text`: files of documents, tokenized here. `tokens`: tokenized `.bin` shards. `dataset`: the name of a
     Hugging Face dataset, or a local folder of .parquet, .jsonl, .csv or .txt files or of what `save_to_disk`
-    wrote. `conversations`: rows of instructions or chats from .json, .jsonl, .csv or .parquet files, or a
-    Hugging Face dataset; `[data.conversation]` says how they are read. `images`: a folder with one folder a
-    class. `synthetic`: random but learnable data, a function of the seed."""
+    wrote. `conversations`: rows of instructions or chats from .json, .jsonl, .csv or .parquet files, or else
+    a Hugging Face dataset, named as for `dataset`; `[data.conversation]` says how they are read. `images`: a
+    folder with one folder a class. `synthetic`: random but learnable data, a function of the seed."""
     files: tuple[str, ...] = ()
     """Files, globs or `asset:` names of the training data; for `images` one folder; for `dataset` its name,
     then optionally its configuration's name. Text: .txt, .jsonl or .parquet, each also as .xz or .gz."""
@@ -189,14 +212,19 @@ class DataSection:
                 f"data.files: missing, and source {self.source!r} reads them; name at least one"
             )
         most = {"images": 1, "dataset": 2}.get(self.source, len(self.files))
+        may_split = self.source in ("dataset", "conversations")
         if len(self.files) > most:
             raise ConfigError(
                 f"data.files: {len(self.files)} values; source {self.source!r} takes "
                 + ("one folder" if most == 1 else "a name and at most one configuration's name")
             )
-        if self.source != "dataset" and (self.streaming or self.validation_split is not None):
-            key = "streaming" if self.streaming else "validation_split"
-            raise ConfigError(f"data.{key}: only source 'dataset' has it, not {self.source!r}; remove it")
+        if self.source != "dataset" and self.streaming:
+            raise ConfigError(f"data.streaming: only source 'dataset' has it, not {self.source!r}; remove it")
+        if not may_split and self.validation_split is not None:
+            raise ConfigError(
+                f"data.validation_split: only sources 'dataset' and 'conversations' have it, not "
+                f"{self.source!r}; remove it"
+            )
         if self.streaming and self.validation_fraction:
             raise ConfigError(
                 "data.validation_fraction: a stream has no known end; name a validation_split instead"

@@ -1,4 +1,4 @@
-"""Text, tokens, datasets, images and synthetic data as endless, resumable micro-batches.
+"""Text, tokens, datasets, conversations, images and synthetic data as endless, resumable micro-batches.
 
 `build_data` gives training and held-out data together; `build_training_data` and `build_validation_data` give
 one without reading the other's files. Tokens are read once, when the data is built.
@@ -10,17 +10,26 @@ import warnings
 from typing import TYPE_CHECKING
 
 from qrecipes.data.batch import IGNORE, Batch
+from qrecipes.data.buckets import (
+    BucketedTrainingData,
+    BucketedValidationData,
+    PaddedConversations,
+    usual_buckets,
+)
+from qrecipes.data.conversations import Conversations, read_conversations, warn_of_losses
+from qrecipes.data.conversations import hold_out as hold_out_conversations
 from qrecipes.data.files import expand, locate
 from qrecipes.data.images import ImageFolder, LabeledImages, hold_out, list_images
 from qrecipes.data.order import IndexedTrainingData, Order, Share, Source, TrainingData, ValidationData
+from qrecipes.data.packed import PackedConversations
 from qrecipes.data.packing import pack
+from qrecipes.data.rows import are_local
 from qrecipes.data.sequences import Sequences, TokenStream, check_length, cut
 from qrecipes.data.synthetic import SyntheticImages, SyntheticTokens
 from qrecipes.data.text import SUFFIXES as TEXT_SUFFIXES
 from qrecipes.data.text import documents
 from qrecipes.data.tokenizers import Tokenizer, load_tokenizer
-from qrecipes.data.tokens import SUFFIXES as SHARD_SUFFIXES
-from qrecipes.data.tokens import open_shards
+from qrecipes.data.tokens import open_tokens
 from qrecipes.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -85,6 +94,7 @@ class _Builder:
         self.held_out_apart = bool(data.validation_files or data.validation_split)
         self._stream: TokenStream | None = None
         self._images: LabeledImages | None = None
+        self._conversations: Conversations | None = None
         self._check_task()
 
     def training(self) -> TrainingData:
@@ -95,17 +105,81 @@ class _Builder:
             from qrecipes.data.hub import open_stream
 
             return open_stream(data, self._require_tokenizer(), share=self.share, seed=self.seed)
+        if data.source == "conversations":
+            return self._conversation_training()
         source = self._training_source()
         order = Order(source.num_items, seed=self.seed, shuffle=data.shuffle)
         return IndexedTrainingData(source, order, self.share, prefetch=data.source == "images")
 
     def validation(self) -> ValidationData | None:
         """Held-out data in a fixed order."""
+        if self.data.source == "conversations":
+            return self._conversation_validation()
         source = self._validation_source()
         if source is None:
             return None
         assert source.num_items is not None
         return ValidationData(source, source.num_items, self.share)
+
+    def _conversation_training(self) -> TrainingData:
+        data = self.data
+        conversations = self._training_conversations()
+        if data.validation_fraction and not self.held_out_apart:
+            conversations, _ = hold_out_conversations(conversations, data.validation_fraction)
+        if data.conversation.packing:
+            seed = self.seed if data.shuffle else None
+            source = PackedConversations(conversations, data.sequence_length, seed=seed)
+            order = Order(source.num_items, seed=self.seed, shuffle=data.shuffle)
+            return IndexedTrainingData(source, order, self.share)
+        padded = self._padded(conversations)
+        return BucketedTrainingData(padded, self.share, seed=self.seed, shuffle=data.shuffle)
+
+    def _conversation_validation(self) -> ValidationData | None:
+        data = self.data
+        if self.held_out_apart:
+            conversations = self._held_out_conversations()
+        elif data.validation_fraction:
+            _, conversations = hold_out_conversations(
+                self._training_conversations(), data.validation_fraction
+            )
+        else:
+            return None
+        if data.conversation.packing:
+            source = PackedConversations(conversations, data.sequence_length, seed=None)
+            return ValidationData(source, source.num_items, self.share)
+        return BucketedValidationData(self._padded(conversations), self.share)
+
+    def _training_conversations(self) -> Conversations:
+        if self._conversations is None:
+            self._conversations = self._read_conversations(self.data.files, self.data.split, "data.files")
+        return self._conversations
+
+    def _held_out_conversations(self) -> Conversations:
+        data = self.data
+        self._warn_of_shared_files()
+        if data.validation_split is not None and are_local(data.validation_files or data.files, "data.files"):
+            raise ConfigError(
+                "data.validation_split: files have no splits; name data.validation_files, or a share of the "
+                "rows as data.validation_fraction"
+            )
+        key = "data.validation_files" if data.validation_files else "data.validation_split"
+        files = data.validation_files or data.files
+        return self._read_conversations(files, data.validation_split or data.split, key)
+
+    def _read_conversations(self, files: tuple[str, ...], split: str, key: str) -> Conversations:
+        read = read_conversations(files, split, self.data, self._require_tokenizer(), key)
+        if self.share.rank == 0:
+            warn_of_losses(read.report, key)
+        return read
+
+    def _padded(self, conversations: Conversations) -> PaddedConversations:
+        buckets = self.data.conversation.length_buckets or usual_buckets(self.data.sequence_length)
+        return PaddedConversations(conversations, buckets)
+
+    def _warn_of_shared_files(self) -> None:
+        shared = set(self.data.files) & set(self.data.validation_files)
+        if shared and not self.data.validation_split:
+            warnings.warn(f"data.validation_files: {shared} is also trained on", stacklevel=5)
 
     def _training_source(self) -> Source:
         data = self.data
@@ -167,7 +241,7 @@ class _Builder:
     def _read(self, files: tuple[str, ...], split: str, key: str) -> TokenStream:
         data = self.data
         if data.source == "tokens":
-            return open_shards(expand(files, key=key, suffixes=SHARD_SUFFIXES), data.token_dtype)
+            return open_tokens(files, data.token_dtype, key=key, tokenizer=self.tokenizer)
         tokenizer = self._require_tokenizer()
         if data.source == "dataset":
             from qrecipes.data.hub import DatasetName, load_stream

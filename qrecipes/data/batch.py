@@ -40,6 +40,14 @@ class Batch:
             return self._map(lambda tensor: tensor[:rows, :length])
         return self._map(lambda tensor: tensor[:rows])
 
+    def all_targets(self) -> Batch:
+        """The same tokens with each but the last predicting the next, whatever counted; images unchanged."""
+        if self.inputs.ndim != 2:
+            return self
+        targets = torch.full_like(self.inputs, IGNORE)
+        targets[:, :-1] = self.inputs[:, 1:]
+        return Batch(self.inputs, targets, self.documents, self.positions)
+
     def count(self) -> int:
         """Number of targets that count; on a GPU this waits for the device, so ask before `to`."""
         return int((self.targets != IGNORE).sum())

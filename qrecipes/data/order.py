@@ -16,7 +16,11 @@ from typing import Any, Protocol
 import numpy as np
 
 from qrecipes.data.batch import Batch
+from qrecipes.data.shuffle import Shuffle
 from qrecipes.errors import CheckpointError
+
+MOST_DRAWN = 1 << 24
+"""Most items of an epoch whose order is drawn as an array: 134 MB on every rank, and a second an epoch."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +105,7 @@ class Order:
         self.num_items = num_items
         self.seed = seed
         self.shuffle = shuffle
-        self._drawn: tuple[int, np.ndarray] | None = None
+        self._drawn: tuple[int, np.ndarray | Shuffle] | None = None
 
     def item(self, position: int) -> Item:
         """The item at `position`; an endless source has one epoch, in its own order."""
@@ -110,13 +114,19 @@ class Order:
         epoch, offset = divmod(position, self.num_items)
         return Item(epoch, int(self._permutation(epoch)[offset]) if self.shuffle else offset)
 
-    def _permutation(self, epoch: int) -> np.ndarray:
-        assert self.num_items is not None
+    def _permutation(self, epoch: int) -> np.ndarray | Shuffle:
         drawn = self._drawn  # read once: a prefetching thread may replace it
         if drawn is None or drawn[0] != epoch:
-            drawn = (epoch, np.random.default_rng([self.seed, epoch]).permutation(self.num_items))
+            drawn = (epoch, self._draw(epoch))
             self._drawn = drawn
         return drawn[1]
+
+    def _draw(self, epoch: int) -> np.ndarray | Shuffle:
+        """All items in the order of an epoch."""
+        assert self.num_items is not None
+        if self.num_items > MOST_DRAWN:
+            return Shuffle(self.num_items, self.seed, epoch)
+        return np.random.default_rng([self.seed, epoch]).permutation(self.num_items)
 
 
 class IndexedTrainingData:

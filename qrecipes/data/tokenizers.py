@@ -28,6 +28,7 @@ from tokenizers import Tokenizer as TokenizersTokenizer
 from qrecipes.data.files import locate, open_file
 from qrecipes.data.markup import Marked, Markup, encode_pieces, encode_runs
 from qrecipes.errors import DataError
+from qrecipes.models.sources import source_folder
 
 if TYPE_CHECKING:
     from qrecipes.config.run import Run, TokenizerSection
@@ -163,8 +164,9 @@ class HFTokenizer:
     """A `tokenizer.json`, with what the JSON files beside it say about beginning and end.
 
     tokenizer_config.json comes first, then generation_config.json, then config.json; where none of them says
-    a word, the usual names are tried. Where tokenizer_config.json says `add_bos_token: false`, documents
-    begin with their first word.
+    a word, the usual names are tried. Documents begin with that token only where the tokenizer's
+    post-processor puts it there, as transformers does, and tokenizer_config.json does not say
+    `add_bos_token: false`.
 
     Raises:
         DataError: if the file is no tokenizer of the `tokenizers` library.
@@ -186,16 +188,19 @@ class HFTokenizer:
             _read_json(path.with_name(name))
             for name in ("tokenizer_config.json", "generation_config.json", "config.json")
         ]
-        begins = configs[0].get("add_bos_token", True)
         beginning = self._special("bos_token", configs, _BEGINNINGS)
+        added_to_nothing = self._tokenizer.encode("", add_special_tokens=True).ids
+        begins = added_to_nothing[:1] == [beginning] and configs[0].get("add_bos_token", True)
         self.bos_id = beginning if begins else None
         self.eos_id = self._special("eos_token", configs, _ENDS)
         added = self._tokenizer.get_added_tokens_decoder()
-        self.special_tokens = {token.content: number for number, token in added.items() if token.special}
+        self.special_tokens: Mapping[str, int] = {
+            token.content: number for number, token in added.items() if token.special
+        }
         found = {"bos_token": beginning, "eos_token": self.eos_id}
-        names = {key: self._tokenizer.id_to_token(i) for key, i in found.items() if i is not None}
+        names = {key: self._tokenizer.id_to_token(i) or "" for key, i in found.items() if i is not None}
         told = _read_json(path.with_name("special_tokens_map.json")) | configs[0]
-        self.template_names = names | _template_names(told)
+        self.template_names: Mapping[str, str] = names | _template_names(told)
         self.chat_template = _chat_template(path, configs[0])
         ends = [
             self.eos_id,
@@ -290,7 +295,7 @@ class TiktokenTokenizer:
         own = {key: spelled[number] for key, number in ends.items() if number is not None}
         self.template_names: Mapping[str, str] = own | _template_names(config)
         self.chat_template = _chat_template(path, config)
-        self.end_ids = () if self.eos_id is None else (self.eos_id,)
+        self.end_ids: tuple[int, ...] = () if self.eos_id is None else (self.eos_id,)
         self.files = (path, *(file for file in _beside_others(path) if file.exists()))
 
     def encode(self, text: str) -> list[int]:
@@ -346,7 +351,7 @@ class SentencePieceTokenizer:
         config = _read_json(path.with_name("tokenizer_config.json"))
         self.template_names: Mapping[str, str] = own | _template_names(config)
         self.chat_template = _chat_template(path, config)
-        self.end_ids = () if self.eos_id is None else (self.eos_id,)
+        self.end_ids: tuple[int, ...] = () if self.eos_id is None else (self.eos_id,)
         self.files = (path, *(file for file in _beside_others(path) if file.exists()))
 
     def encode(self, text: str) -> list[int]:
@@ -357,9 +362,17 @@ class SentencePieceTokenizer:
         """Tokens of each text with its control symbols."""
 
         def encode(texts: list[str], first: list[bool]) -> list[Marked]:
-            return [encode_runs(text, self.special_tokens, self._run) for text in texts]
+            return [self._piece(text, begins) for text, begins in zip(texts, first, strict=True)]
 
         return encode_pieces(markups, encode)
+
+    def _piece(self, text: str, begins: bool) -> Marked:
+        if begins:
+            return encode_runs(text, self.special_tokens, self._run)
+        # A space is put before what begins a text: a piece from its middle follows a line break.
+        guard, guarded = self._run("\n"), encode_runs("\n" + text, self.special_tokens, self._run)
+        known = len(guard.ids) if guarded.ids[: len(guard.ids)] == guard.ids else 0
+        return Marked(guarded.ids[known:], [(max(a - 1, 0), b - 1) for a, b in guarded.spans[known:]])
 
     def _run(self, text: str) -> Marked:
         found = self._processor.encode(text, return_type="offset_mapping")
@@ -384,23 +397,41 @@ def load_tokenizer(section: TokenizerSection) -> Tokenizer:
     if section.kind == "bytes":
         return BytesTokenizer()
     assert section.path is not None, section
-    path = _find(section.path)
-    kind, file = _choose(path, section.kind)
-    if kind == "hf":
-        return HFTokenizer(file)
-    if kind == "tiktoken":
-        return TiktokenTokenizer(file, section.pattern)
-    return SentencePieceTokenizer(file)
+    return _load(_find(section.path), section.kind, section.pattern)
+
+
+def load_own_tokenizer(folder: Path) -> Tokenizer | None:
+    """The tokenizer in the folder of a Hugging Face model; None where there is none.
+
+    Raises:
+        DataError: if it cannot be read.
+    """
+    there = [file for pattern in ("tokenizer.json", "*.model", "*.tiktoken") for file in folder.glob(pattern)]
+    return _load(folder, "auto", "llama3") if there else None
 
 
 def tokenizer_of(run: Run) -> Tokenizer | None:
-    """The tokenizer of a run; None where it names none, or its data, synthetic or images, has no text.
+    """The tokenizer of a run; without `[tokenizer]`, that of an `hf:` model's own folder. None where there is
+    neither, or the data, synthetic or images, has no text.
 
     Raises as `load_tokenizer`.
     """
-    if run.tokenizer is None or run.data.source in ("synthetic", "images"):
+    if run.data.source in ("synthetic", "images"):
         return None
-    return load_tokenizer(run.tokenizer)
+    if run.tokenizer is not None:
+        return load_tokenizer(run.tokenizer)
+    folder = source_folder(run.model) if run.model.source.startswith("hf:") else None
+    return None if folder is None else load_own_tokenizer(folder)
+
+
+def _load(path: Path, kind: str, pattern: str) -> Tokenizer:
+    """The tokenizer at `path`, a file or a folder."""
+    found, file = _choose(path, kind)
+    if found == "hf":
+        return HFTokenizer(file)
+    if found == "tiktoken":
+        return TiktokenTokenizer(file, pattern)
+    return SentencePieceTokenizer(file)
 
 
 def _find(name: str) -> Path:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import resource
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,6 +30,8 @@ INDEX = "index.json"
 """What lists a folder's shards, once all are there."""
 PROGRESS = "progress.json"
 """What lies in the folder instead while it is being written."""
+SPARE_FILES = 512
+"""Open files that a run needs beside its shards."""
 VERIFY_BYTES = 1 << 24
 """Largest shard whose checksum is computed unasked: reading it takes some 10 ms."""
 
@@ -67,6 +70,7 @@ def open_tokens(
     """
     shards = list(find_shards(names, key))
     _check_vocabulary(shards, tokenizer)
+    _allow_open_files(len(shards), key)
     arrays = [open_shard(shard, token_dtype, verify=verify) for shard in shards]
     counted = "1 shard" if len(arrays) == 1 else f"{len(arrays):,} shards"
     return TokenStream(arrays, counted)
@@ -76,8 +80,10 @@ def find_shards(names: Iterable[str], key: str) -> Iterator[Shard]:
     """The shards that `names` stand for, as `open_tokens` takes them, none of them opened."""
     for name in names:
         path = locate(name)
-        if path.is_dir() or path.name == INDEX:
-            yield from _shards_of_folder(path.parent if path.name == INDEX else path, key)
+        if path.name == INDEX:
+            yield from _shards_of_folder(path.parent, key)
+        elif path.is_dir() or (not path.suffix and (path.parent / INDEX).exists()):
+            yield from _shards_of_folder(path, key)
         else:
             yield from map(_shard_alone, expand([name], key=key, suffixes=SUFFIXES))
 
@@ -166,6 +172,20 @@ def read_index(path: Path) -> dict[str, Any]:
     return index
 
 
+def _allow_open_files(count: int, key: str) -> None:
+    """Raise the process's limit where it is too low: every mapping holds its file open."""
+    needed = count + SPARE_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or needed <= soft:
+        return
+    if hard != resource.RLIM_INFINITY and needed > hard:
+        raise DataError(
+            f"{key}: {count:,} shards, and this process may open {hard:,} files (`ulimit -Hn`), of which it "
+            f"needs {SPARE_FILES} for other things; raise the limit, or tokenize into larger shards"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+
+
 def _shard_alone(path: Path) -> Shard:
     beside = path.with_suffix(".json")
     shard = Shard(path, beside)
@@ -237,6 +257,6 @@ def _check_vocabulary(shards: list[Shard], tokenizer: Tokenizer | None) -> None:
     if tokenizer is not None and fingerprint(tokenizer) != first.vocabulary:
         raise DataError(
             f"{first.path}: its tokens belong to another vocabulary than the run's [tokenizer]; set "
-            "tokenizer.path to the one that made them (the folder `tokenizer` beside index.json), or tokenize "
-            "the text again"
+            "tokenizer.path to the one that made them (the folder `tokenizer` beside index.json), or "
+            "tokenize the text again"
         )

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
-from qrecipes.config.run import ModelSection, Run, TokenizerSection
-from qrecipes.data.tokenizers import Tokenizer, load_tokenizer, tokenizer_of
-from qrecipes.errors import ConfigError
+from qrecipes.config.run import ModelSection, Run
+from qrecipes.data.tokenizers import Tokenizer, load_own_tokenizer, tokenizer_of
+from qrecipes.errors import ConfigError, WeightsError
 from qrecipes.export.store import MANIFEST, load_export_and_run, load_run
 from qrecipes.models.build import build, resolve_dtype
 from qrecipes.models.weights import load_pretrained
@@ -45,7 +46,7 @@ class OpenedModel:
             ConfigError: if the model has none.
         """
         if self.tokenizer is None:
-            raise ConfigError(f"{self.name}: was trained without a tokenizer, so it takes no text")
+            raise ConfigError(f"{self.name}: has no tokenizer, so it takes no text")
         return self.tokenizer
 
 
@@ -58,14 +59,15 @@ def open_model(name: str, *, device: str | torch.device = "cpu", dtype: str = "a
 
     Raises:
         ConfigError: if `name` is none of these.
-        WeightsError: if a Hugging Face folder is incomplete, or of a family that is not supported.
+        WeightsError: if a Hugging Face folder is incomplete, of a family that is not supported, or has a
+        tokenizer of more tokens than the model has embeddings.
         ExportError, CheckpointError: if what is there is damaged.
     """
     if name.startswith("hf:"):
         section = ModelSection(source=name, dtype=dtype)  # type: ignore[arg-type]
         model = build(section, dtype=resolve_dtype(section, device), device=device)
-        load_pretrained(model, section)
-        tokenizer = load_tokenizer(TokenizerSection(path=name.removeprefix("hf:")))
+        tokenizer = load_own_tokenizer(load_pretrained(model, section))
+        _check_vocabulary(name, model, tokenizer)
         return OpenedModel(name, model.eval(), tokenizer, None)
     folder = Path(name)
     if (folder / MANIFEST).is_file():
@@ -80,3 +82,13 @@ def open_model(name: str, *, device: str | torch.device = "cpu", dtype: str = "a
             "Hugging Face"
         )
     return OpenedModel(name, model, tokenizer_of(run), run)
+
+
+def _check_vocabulary(name: str, model: Any, tokenizer: Tokenizer | None) -> None:
+    """Raise WeightsError where the tokenizer may give a number that the model has no embedding for."""
+    rows = model.tok_embeddings.num_embeddings
+    if tokenizer is not None and tokenizer.vocab_size > rows:
+        raise WeightsError(
+            f"{name}: its tokenizer has {tokenizer.vocab_size:,} tokens, and the model embeds {rows:,}; the "
+            "tokenizer is another model's, or tokens were added to it and not to the model"
+        )

@@ -3,8 +3,9 @@
 An export is a folder that needs nothing else: `model.safetensors` with the finalized model's tensors,
 `manifest.json` with what they are, `run.toml` with how they came about, and the tokenizer's files. Loading
 replays build, swap and finalize on an empty model and assigns the stored tensors, so every method's export
-reloads by the same code. Where the weights came from a Hugging Face folder, `huggingface/` beside it is one
-that transformers loads.
+reloads by the same code. Where the model came from a Hugging Face folder, `huggingface/` beside it is one
+that transformers loads; the manifest holds the builder and the arguments that its config.json asked for, so
+that neither folder is needed to reload.
 """
 
 from __future__ import annotations
@@ -23,11 +24,12 @@ from torch import nn
 
 from qrecipes import __version__
 from qrecipes.config import parse
-from qrecipes.config.run import Run
+from qrecipes.config.run import Run, TokenizerSection
 from qrecipes.data.tokenizers import tokenizer_of
 from qrecipes.errors import ExportError
 from qrecipes.models.build import build
-from qrecipes.models.weights import locate, save_huggingface
+from qrecipes.models.sources import resolve, source_folder
+from qrecipes.models.weights import save_huggingface
 from qrecipes.parallel.process import Process
 from qrecipes.training import checkpoint
 from qrecipes.training.output import RUN_FILE, read_run
@@ -73,7 +75,7 @@ def _build_empty(run: Run, dtype: torch.dtype, device: str | torch.device) -> nn
     args = {key: value for key, value in run.model.args.items() if key != "pretrained"}
     devices = [device] if torch.device(device).type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
-        return build(replace(run.model, args=args), dtype=dtype, device=device)
+        return build(replace(run.model, args=args), dtype=dtype, device=device, initialize=False)
 
 
 def _stored_dtype(path: Path) -> torch.dtype:
@@ -135,10 +137,11 @@ def _sha256(path: Path) -> str:
 
 def _manifest(model: nn.Module, run: Run, tensors: dict[str, torch.Tensor], folder: Path) -> dict[str, Any]:
     layers = {fqn: type(m).__name__ for fqn, m in model.named_modules() if hasattr(m, "in_features")}
+    resolved = resolve(run.model)
     return {
         "format": FORMAT,
         "written_by": f"qrecipes {__version__}, torch {torch.__version__}",
-        "model": {"source": run.model.source, "args": run.model.args},
+        "model": {"source": resolved.source, "args": resolved.args, "from": run.model.source},
         "parameter_dtype": str(_stored_dtype(folder / TENSORS)).removeprefix("torch."),
         "parameters": sum(t.numel() for t in tensors.values()),
         "bytes": sum(t.numel() * t.element_size() for t in tensors.values()),
@@ -163,7 +166,7 @@ def load_export_and_run(path: str | Path, *, device: str | torch.device = "cpu")
     """`load_export`, and the run that the export came from."""
     folder = Path(path)
     manifest = _read_manifest(folder)
-    run = _with_own_tokenizer(read_run(folder), folder, manifest)
+    run = _alone(read_run(folder), folder, manifest)
     try:
         tensors = load_file(folder / TENSORS, device=str(device))
     except (OSError, SafetensorError) as error:
@@ -179,15 +182,19 @@ def load_export_and_run(path: str | Path, *, device: str | torch.device = "cpu")
     return model.eval(), run
 
 
-def _with_own_tokenizer(run: Run, folder: Path, manifest: dict[str, Any]) -> Run:
-    """The run with the tokenizer's path in the export, which may be all that is left of it."""
+def _alone(run: Run, folder: Path, manifest: dict[str, Any]) -> Run:
+    """The run with its model and tokenizer as the export holds them: they may be all that is left."""
+    described = manifest["model"]
+    model = replace(run.model, source=described["source"], args=described["args"])
+    if run.model.source != model.source and run.model.weights is None:
+        model = replace(model, weights="random")  # its own are in the export
     files = manifest["tokenizer_files"]
-    if run.tokenizer is None or run.tokenizer.path is None or not files:
-        return run
-    name = Path(run.tokenizer.path).name
-    return replace(
-        run, tokenizer=replace(run.tokenizer, path=str(folder / name if name in files else folder))
-    )
+    if not files or (run.tokenizer is not None and run.tokenizer.path is None):
+        return replace(run, model=model)
+    name = "" if run.tokenizer is None else Path(str(run.tokenizer.path)).name
+    tokenizer = run.tokenizer or TokenizerSection(path=".")
+    path = str(folder / name if name in files else folder)
+    return replace(run, model=model, tokenizer=replace(tokenizer, path=path))
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
@@ -229,15 +236,8 @@ def export_run(
             raise ExportError(
                 f"{destination}: {name} differs after reloading; this is a fault of the exporter"
             )
-    if huggingface and run.model.weights is not None:
-        source = huggingface_source(run.model.weights)
-        if source is not None:
-            save_huggingface(model, source, destination / "huggingface")
-            written.append(destination / "huggingface")
+    source = source_folder(run.model) if huggingface else None
+    if source is not None:
+        save_huggingface(model, source, destination / "huggingface", args=run.model.args)
+        written.append(destination / "huggingface")
     return written
-
-
-def huggingface_source(weights: str) -> Path | None:
-    """The folder with config.json that `model.weights` names, or None where it is another kind of weights."""
-    folder = locate(weights)
-    return folder if (folder / "config.json").is_file() else None

@@ -175,9 +175,10 @@ class _ChunkedLoss(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             raise RuntimeError("chunked_cross_entropy: its gradients were used up; it has one backward pass")
-        # Scaled in float32: rounding the one factor to bfloat16 would scale every gradient wrongly.
+        # Scaled in float32: rounding the one factor to bfloat16 would scale every gradient wrongly. In place
+        # where it can be: the sums of a large head take gigabytes.
         scaled = [
-            None if g is None else (g.float() * upstream).to(dtype)
+            None if g is None else g.float().mul_(upstream).to(dtype)
             for g, dtype in zip(gradients, ctx.dtypes, strict=True)
         ]
         return scaled[0], None, None, None, None, None, *scaled[1:]

@@ -114,8 +114,9 @@ class Log:
     """Writes one JSON line a step, and tells the other sinks.
 
     On a GPU a step's tensors are read only when the next step has been queued, so that the device never waits
-    for the log; the time of a step is that between two such reads. Only rank 0 writes. Use it as a context
-    manager: everything given to it is written on the way out, whatever the reason.
+    for the log. The time of a step is that between two such reads, or between queuing it and the step before,
+    whichever is longer: the last one is read right after the one before it. Only rank 0 writes. Use it as a
+    context manager: everything given to it is written on the way out, whatever the reason.
     """
 
     def __init__(self, run: Run, process: Process, first_step: int, flops_per_item: float | None) -> None:
@@ -124,8 +125,8 @@ class Log:
         self.peak_flops = (
             (peak_tflops(process.device, run.log.peak_tflops) or math.nan) * 1e12 * process.world
         )
-        self._pending: tuple[int, float, StepReport] | None = None
-        self._last_read = time.perf_counter()
+        self._pending: tuple[int, float, StepReport, float] | None = None
+        self._last_read = self._last_queued = time.perf_counter()
         self.confirmed_step = first_step
         """The last step whose loss and gradient were found finite: checkpoints of earlier steps are good."""
         self._file = None
@@ -163,7 +164,7 @@ class Log:
 
     def restart_clock(self) -> None:
         """Leave what happened since the last step (an evaluation, a save) out of the next step's time."""
-        self._last_read = time.perf_counter()
+        self._last_read = self._last_queued = time.perf_counter()
 
     def step(self, step: int, lr: float, report: StepReport) -> None:
         """Take the report of optimizer step `step`, counted from 1; on a GPU, write the one before it.
@@ -171,7 +172,9 @@ class Log:
         Raises:
             TrainingError: if the loss or the gradient's norm of the step written is NaN or infinite.
         """
-        self._pending, previous = (step, lr, report), self._pending
+        now = time.perf_counter()
+        queuing, self._last_queued = now - self._last_queued, now
+        self._pending, previous = (step, lr, report, queuing), self._pending
         if self.process.device.type == "cpu":  # nothing is queued there: this step is done
             self.flush()
         elif previous is not None:
@@ -183,10 +186,10 @@ class Log:
         if previous is not None:
             self._write_step(*previous)
 
-    def _write_step(self, step: int, lr: float, report: StepReport) -> None:
+    def _write_step(self, step: int, lr: float, report: StepReport, queuing: float) -> None:
         loss, grad_norm, items = float(report.loss), float(report.grad_norm), int(report.targets)
         now = time.perf_counter()
-        seconds, self._last_read = max(now - self._last_read, 1e-9), now
+        seconds, self._last_read = max(now - self._last_read, queuing, 1e-9), now
         rate = items / seconds
         line = {
             "step": step,

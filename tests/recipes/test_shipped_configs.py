@@ -4,6 +4,7 @@ data."""
 from __future__ import annotations
 
 import importlib.util
+import json
 from dataclasses import replace
 
 import pytest
@@ -19,13 +20,50 @@ CONFIGS = sorted(
 )
 
 
+LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 49152}
+SMOLLM2_135M = LLAMA | {
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "max_position_embeddings": 8192,
+    "rope_theta": 100000.0,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": True,
+}
+SMOLLM2_1_7B = SMOLLM2_135M | {
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "rope_theta": 130000.0,
+}
+PUBLISHED = {
+    "hf:HuggingFaceTB/SmolLM2-1.7B": SMOLLM2_1_7B,
+    "hf:HuggingFaceTB/SmolLM2-1.7B-Instruct": SMOLLM2_1_7B,
+    "hf:models/SmolLM2-135M-Instruct": SMOLLM2_135M,
+}
+"""config.json of the models that configurations name and that are not here: a test has no network."""
+
+
+def as_local(section, folder):
+    """The model section with a folder that holds the published config.json in place of the hub's name."""
+    if section.source not in PUBLISHED:
+        return section
+    (folder / "config.json").write_text(json.dumps(PUBLISHED[section.source]))
+    return replace(section, source=f"hf:{folder}")
+
+
 @pytest.mark.parametrize("name", CONFIGS)
-def test_config_swaps_on_the_meta_device(name):
+def test_config_swaps_on_the_meta_device(name, tmp_path):
     run = parse.load(name)
     if run.model.source.startswith("timm:") and not importlib.util.find_spec("timm"):
         pytest.skip("needs timm")
     args = {key: value for key, value in run.model.args.items() if key != "pretrained"}
-    model = build(replace(run.model, args=args), dtype=torch.bfloat16, device="meta")
+    section = as_local(replace(run.model, args=args), tmp_path)
+    model = build(section, dtype=torch.bfloat16, device="meta")
     chain = Chain.from_configs(run.transform)
     swapped = chain.swap(model)
     assert len(chain.receipt.methods) == len(run.transform)

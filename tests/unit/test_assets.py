@@ -11,7 +11,7 @@ from qrecipes.errors import ConfigError
 
 
 def test_every_asset_states_its_source_and_licence():
-    assert assets.names() == ["stories260k", "tinyshakespeare"]
+    assert assets.names() == ["smalltalk", "stories260k", "tinyshakespeare"]
     for name in assets.names():
         text = (assets.resolve(f"asset:{name}") / "README.md").read_text(encoding="utf-8")
         assert "Source" in text
@@ -43,7 +43,7 @@ def test_the_corpus_parts_are_whole_speeches_and_nine_to_one():
     ("name", "words"),
     [
         ("asset:tinyshakespear", ["did you mean 'tinyshakespeare'?", "stories260k"]),
-        ("asset:", ["no such asset", "stories260k, tinyshakespeare"]),
+        ("asset:", ["no such asset", "smalltalk, stories260k, tinyshakespeare"]),
         ("asset:../models", ["no such asset"]),
         ("asset:tinyshakespeare/train.txt", ["did you mean 'train.txt.xz'?", "validation.txt.xz"]),
         ("asset:stories260k/../../errors.py", ["no such file"]),

@@ -79,7 +79,7 @@ def test_a_resumed_run_writes_later_steps_again(tmp_path):
 
 
 def test_mfu_is_the_share_of_the_stated_peak(run, monkeypatch):
-    clock = iter([0.0, 0.5])
+    clock = iter([0.0, 0.5, 0.5])
     monkeypatch.setattr(metrics.time, "perf_counter", lambda: next(clock))
     run = tiny_run("llm", None, output=run.output, log__progress=False, log__peak_tflops=1e-3)
     with Log(run, ALONE, 0, 2e6) as log:
@@ -87,6 +87,18 @@ def test_mfu_is_the_share_of_the_stated_peak(run, monkeypatch):
         log.flush()
     # 64 tokens x 2e6 operations in 0.5 s, of 1e9 a second
     assert lines(run)[0]["mfu"] == pytest.approx(64 * 2e6 / 0.5 / 1e9)
+
+
+def test_the_last_step_has_its_own_time_though_it_is_read_with_the_one_before(run, monkeypatch):
+    """On a GPU that is faster than what feeds it, both are done when the last has been queued."""
+    clock = iter([0.0, 1.0, 2.0, 2.0, 2.001])
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(metrics, "peak_memory", lambda device: 0)
+    run = tiny_run("llm", None, output=run.output, log__progress=False, log__peak_tflops=1.0)
+    with Log(run, Process(0, 1, torch.device("cuda"), None), 0, 1.0) as log:
+        log.step(1, 1e-3, report(1.0))
+        log.step(2, 1e-3, report(1.0))
+    assert [line["step_s"] for line in lines(run)] == [2.0, 1.0]
 
 
 def test_training_flops_count_every_multiplied_weight():

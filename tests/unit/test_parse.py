@@ -423,7 +423,8 @@ def test_each_wrong_value_says_file_line_key_rule_and_remedy(here, text, expecte
         (
             'source = "synthetic"\n',
             "",
-            "6: data.source: missing; required: one of text, tokens, dataset, conversations, images, synthetic",
+            "6: data.source: missing; "
+            "required: one of text, tokens, dataset, conversations, images, synthetic",
         ),
         (
             "torchtune:",
