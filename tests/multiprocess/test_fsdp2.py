@@ -127,8 +127,9 @@ def test_resume_is_bit_exact_on_two_processes(two_processes, case):
 @pytest.mark.multigpu
 def test_two_gpus_equal_one_process(tmp_path):
     """NCCL; the tiny runs of every method against the CPU in one process."""
-    found = run_worker(tmp_path, "cuda", PLAIN)
-    for case in PLAIN:
+    cases = [*PLAIN, "llm::chunked"]
+    found = run_worker(tmp_path, "cuda", cases)
+    for case in cases:
         assert found[case]["resumed"] == found[case]["unbroken"], case
         # float32 on a GPU sums in another order (and TF32 stays off)
         got = torch.tensor(found[case]["unbroken"])
