@@ -103,6 +103,7 @@ def fingerprint(run: Run, world: int) -> dict[str, Any]:
         "data.split": run.data.split,
         "data.text_column": run.data.text_column,
         "data.document_separator": run.data.document_separator,
+        "data.conversation": asdict(run.data.conversation) if run.data.source == "conversations" else None,
         "task.label_smoothing": run.task.label_smoothing,
         "tokenizer": None if run.tokenizer is None else asdict(run.tokenizer),
         "sequences a step (data.batch_size x optim.accumulate x ranks)": (

@@ -13,6 +13,7 @@ import pytest
 import torch
 from harness import Trial, losses, methods, tiny_run
 
+from qrecipes.config import parse
 from qrecipes.errors import CheckpointError
 from qrecipes.training import checkpoint
 
@@ -242,3 +243,10 @@ def test_parameters_without_state_stay_without(run):
     fresh = next(iter(second.model.parameters()))
     assert fresh not in second.optimizer.state
     assert len(second.optimizer.state) == len(first.optimizer.state)
+
+
+def test_how_conversations_are_read_belongs_to_a_run():
+    run = parse.load("tiny/chat")
+    other = parse.load("tiny/chat", ["data.conversation.train_on=all"])
+    assert checkpoint.fingerprint(run, 1) != checkpoint.fingerprint(other, 1)
+    assert checkpoint.fingerprint(run, 1) == checkpoint.fingerprint(parse.load("tiny/chat", ["steps=7"]), 1)
