@@ -86,7 +86,7 @@ def _measure(name: str, args: argparse.Namespace, text: str | None, tasks: list[
             batch_size=args.batch_size,
             seed=args.seed,
             bos=args.bos,
-            chat=args.chat_template,
+            chat=opened.chat_template if args.chat_template is True else args.chat_template,
             progress=progress,
         )
     dtype = str(next(opened.model.parameters()).dtype).removeprefix("torch.")

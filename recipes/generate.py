@@ -47,7 +47,9 @@ def main(argv: list[str]) -> int:
         batch_size=1 if args.chat else min(args.batch_size, len(lines)),
         compile=args.compile,
     )
-    form = ChatFormat(generator.tokenizer, args.chat_template or "auto", args.system)
+    named = args.chat_template if args.chat_template != "auto" else None
+    system = opened.system if args.system is None else args.system
+    form = ChatFormat(generator.tokenizer, named or opened.chat_template, system)
     if args.chat:
         chat(generator, form, sampling, stop=args.stop, read=read_line, write=say)
     else:
@@ -81,7 +83,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         nargs="?",
         const="auto",
         metavar="NAME",
-        help="answer prompts as a user's message, written by the tokenizer's own template or by NAME",
+        help="answer prompts as a user's message, written by the template of the model's own training, else "
+        "by the tokenizer's, or by NAME",
     )
     add("--system", metavar="TEXT", help="system message of chats and templates")
     add("--max-tokens", type=int, default=128, help="most tokens to add (default %(default)s)")

@@ -74,7 +74,8 @@ def train(run: Run, process: Process) -> int:
     task = Task(run.task)
     largest = [source.max_token() for source in (data, held_out) if source is not None]
     vocabulary = tokenizer.vocab_size if tokenizer is not None else None
-    task.check_fits(model, vocabulary, max((n for n in largest if n is not None), default=None))
+    longest = max((n for n in largest if n is not None), default=None)
+    task.check_fits(model, vocabulary, longest, run.data.sequence_length)
     if pretrained(run.model) is not None:
         load_pretrained(model, run.model)
     start = data.state_dict()

@@ -23,6 +23,9 @@ def exit_code(main: Main, argv: Sequence[str]) -> int:
     """
     try:
         return main(list(argv)) or 0
+    except BrokenPipeError:  # who reads our output, such as `head`, has enough of it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the end
+        return 141  # what a shell gives for SIGPIPE
     except QRecipesError as error:
         if os.environ.get("QRECIPES_TRACEBACK") == "1":
             traceback.print_exc()

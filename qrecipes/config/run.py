@@ -69,7 +69,8 @@ class TaskSection:
     loss: Literal["plain", "chunked", "liger"] = "plain"
     """How the cross-entropy of a language model is computed. `plain` makes the logits of all tokens;
     `chunked` those of `chunk_tokens` tokens at a time, never all; `liger` calls Liger's fused kernel on a GPU
-    (extra `liger`). All give the same loss to rounding."""
+    (extra `liger`). All give the same loss to rounding; where a transform quantizes the head itself, its
+    scales are then over a chunk's tokens."""
     chunk_tokens: PositiveInt = 2048
     """Tokens whose logits exist at a time with `loss = "chunked"`."""
 

@@ -143,7 +143,10 @@ class BucketedTrainingData(IndexedTrainingData):
 
 
 class BucketedValidationData(ValidationData):
-    """Held-out conversations from the shortest bucket to the longest; micro-batches as in training."""
+    """Held-out conversations, each micro-batch of all ranks as far as can be of one bucket.
+
+    Micro-batches come in an order that is drawn once and for all, so that the first few are a sample.
+    """
 
     source: PaddedConversations
 
@@ -153,7 +156,8 @@ class BucketedValidationData(ValidationData):
 
     def __iter__(self) -> Iterator[Batch]:
         """The batches from the first; rows past the end are padding in which no target counts."""
-        for first in range(0, self.num_sequences, self.share.stride):
+        for number in np.random.default_rng(0).permutation(len(self)).tolist():
+            first = number * self.share.stride
             everyone = [self._item(position) for position in range(first, first + self.share.stride)]
             own = [self._item(position) for position in self.share.positions(first)]
             yield self.source.read_padded(own, self.source.length_for(everyone))

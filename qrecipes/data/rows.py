@@ -88,7 +88,7 @@ def _read_file(path: Path) -> Iterator[Row]:
 def _json_lines(file: IO[bytes], path: Path) -> Iterator[Row]:
     offset = 0
     for number, line in enumerate(file, start=1):
-        text = decode(line, path, offset)
+        text = decode(line, path, offset, number)
         offset += len(line)
         if number == 1:
             text = text.removeprefix("\ufeff")

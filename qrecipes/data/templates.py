@@ -75,6 +75,12 @@ class Template:
         """Whether the template itself says what the model learns."""
         return _GENERATION.search(self.source) is not None
 
+    def standalone(self) -> str:
+        """The source with its own spelling of what begins and ends a document, for programs that would put
+        in the tokenizer's."""
+        named = {name: self.names.get(name, "") for name in ("bos_token", "eos_token")}
+        return "".join(f"{{%- set {k} = {json.dumps(v)} -%}}\n" for k, v in named.items()) + self.source
+
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> Rendered:
         """The messages, in which CUT may stand, written out.
 

@@ -37,8 +37,8 @@ def documents(paths: Iterable[Path], *, column: str, separator: str | None) -> I
                     yield from _parquet(file, path, column)
 
 
-def decode(data: bytes, path: Path, offset: int) -> str:
-    """UTF-8 `data`, which begins at byte `offset` of the (decompressed) file.
+def decode(data: bytes, path: Path, offset: int, line: int | None = None) -> str:
+    """UTF-8 `data`, which begins at byte `offset` of the (decompressed) file, and is its `line`-th line.
 
     Raises:
         DataError: naming the byte that is not UTF-8.
@@ -46,10 +46,10 @@ def decode(data: bytes, path: Path, offset: int) -> str:
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
+        where = path if line is None else f"{path}: line {line}"
         raise DataError(
-            f"{path}: not UTF-8 at byte {offset + error.start} (0x{data[error.start]:02x}); convert the "
-            "file, such as "
-            "with `iconv -f LATIN1 -t UTF-8`"
+            f"{where}: not UTF-8 at byte {offset + error.start} (0x{data[error.start]:02x}); convert the "
+            "file, such as with `iconv -f LATIN1 -t UTF-8`"
         ) from error
 
 

@@ -256,7 +256,7 @@ def _check_vocabulary(shards: list[Shard], tokenizer: Tokenizer | None) -> None:
             )
     if tokenizer is not None and fingerprint(tokenizer) != first.vocabulary:
         raise DataError(
-            f"{first.path}: its tokens belong to another vocabulary than the run's [tokenizer]; set "
-            "tokenizer.path to the one that made them (the folder `tokenizer` beside index.json), or "
-            "tokenize the text again"
+            f"{first.path}: its tokens belong to another vocabulary than the tokenizer of the run, its "
+            "[tokenizer] or the model's own; tokenize the text with that one, or, for a model made for these "
+            "tokens, set tokenizer.path to the one that made them (the folder `tokenizer` beside index.json)"
         )

@@ -39,6 +39,18 @@ class OpenedModel:
         """Where its parameters are."""
         return next(self.model.parameters()).device
 
+    @property
+    def chat_template(self) -> str:
+        """The template that it was trained in, as in `data.conversation`; "auto" where none is known."""
+        if self.run is None or self.run.data.source != "conversations":
+            return "auto"
+        return self.run.data.conversation.template
+
+    @property
+    def system(self) -> str | None:
+        """The system message that it was trained with."""
+        return None if self.run is None else self.run.data.conversation.system
+
     def require_tokenizer(self) -> Tokenizer:
         """The tokenizer.
 

@@ -25,7 +25,8 @@ from torch import nn
 from qrecipes import __version__
 from qrecipes.config import parse
 from qrecipes.config.run import Run, TokenizerSection
-from qrecipes.data.tokenizers import tokenizer_of
+from qrecipes.data.templates import find_template
+from qrecipes.data.tokenizers import Tokenizer, tokenizer_of
 from qrecipes.errors import ExportError
 from qrecipes.models.build import build
 from qrecipes.models.sources import resolve, source_folder
@@ -36,7 +37,7 @@ from qrecipes.training.output import RUN_FILE, read_run
 from qrecipes.transforms.chain import Chain
 
 FORMAT = 1
-MANIFEST, TENSORS = "manifest.json", "model.safetensors"
+MANIFEST, TENSORS, TEMPLATE = "manifest.json", "model.safetensors", "chat_template.jinja"
 _ALONE = Process(0, 1, torch.device("cpu"), None)
 
 
@@ -105,10 +106,15 @@ def save(model: nn.Module, run: Run, destination: str | Path) -> Path:
         partial.mkdir(parents=True)
         save_file(tensors, partial / TENSORS, metadata={"format": "pt"})
         (partial / RUN_FILE).write_text(parse.dump(run), encoding="utf-8")
+        shutil.copymode(partial / RUN_FILE, partial / TENSORS)  # safetensors makes files for the owner alone
         tokenizer = tokenizer_of(run)
         tokenizer_files = () if tokenizer is None else tokenizer.files
         for file in tokenizer_files:
             shutil.copyfile(file, partial / file.name)
+        if tokenizer is not None and (partial / "tokenizer.json").is_file():
+            _write_ends(tokenizer, partial / "generation_config.json")
+        if tokenizer is not None:
+            _write_template(run, tokenizer, partial)
         manifest = _manifest(model, run, tensors, partial)
         manifest["tokenizer_files"] = [file.name for file in tokenizer_files]
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
@@ -117,6 +123,26 @@ def save(model: nn.Module, run: Run, destination: str | Path) -> Path:
     except (OSError, SafetensorError) as error:
         raise ExportError(f"{destination}: cannot be written: {error}; give another --output") from error
     return destination
+
+
+def _write_ends(tokenizer: Tokenizer, path: Path) -> None:
+    """Name the tokens that begin and end texts, which the model's own config.json may have told, not its
+    tokenizer's files."""
+    told: dict[str, Any] = {"eos_token_id": list(tokenizer.end_ids)} if tokenizer.end_ids else {}
+    beginning = tokenizer.special_tokens.get(tokenizer.template_names.get("bos_token", ""))
+    if beginning is not None:
+        told["bos_token_id"] = beginning
+    path.write_text(json.dumps(told) + "\n", encoding="utf-8")
+
+
+def _write_template(run: Run, tokenizer: Tokenizer, folder: Path) -> None:
+    """Put the chat template that the model was trained in beside its tokenizer, where it is another one than
+    the tokenizer's own."""
+    if run.data.source != "conversations":
+        return
+    template = find_template(run.data.conversation.template, tokenizer)
+    if template.source != tokenizer.chat_template:
+        (folder / TEMPLATE).write_text(template.standalone(), encoding="utf-8")
 
 
 def _unshared(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -188,6 +214,9 @@ def _alone(run: Run, folder: Path, manifest: dict[str, Any]) -> Run:
     model = replace(run.model, source=described["source"], args=described["args"])
     if run.model.source != model.source and run.model.weights is None:
         model = replace(model, weights="random")  # its own are in the export
+    if (folder / TEMPLATE).is_file():
+        told = replace(run.data.conversation, template="chat")
+        run = replace(run, data=replace(run.data, conversation=told))
     files = manifest["tokenizer_files"]
     if not files or (run.tokenizer is not None and run.tokenizer.path is None):
         return replace(run, model=model)
@@ -239,5 +268,8 @@ def export_run(
     source = source_folder(run.model) if huggingface else None
     if source is not None:
         save_huggingface(model, source, destination / "huggingface", args=run.model.args)
+        tokenizer = tokenizer_of(run)
+        if tokenizer is not None:
+            _write_template(run, tokenizer, destination / "huggingface")
         written.append(destination / "huggingface")
     return written

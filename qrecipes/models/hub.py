@@ -97,5 +97,8 @@ def _explanation(error: Exception, revision: str | None) -> str:
     if isinstance(error, errors.IncompleteSnapshotError):
         return f"only a part of it is here, and the hub cannot be reached ({reason}); fetch it again"
     if isinstance(error, (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, ConnectionError)):
-        return f"is not here, and the hub cannot be reached ({reason}); without a network, give a folder"
+        return (
+            f"is not here, and the hub cannot be reached ({reason}); without a network, use a folder that "
+            "another machine downloaded"
+        )
     return f"cannot be fetched ({type(error).__name__}: {reason})"

@@ -187,7 +187,7 @@ class Log:
             self._write_step(*previous)
 
     def _write_step(self, step: int, lr: float, report: StepReport, queuing: float) -> None:
-        loss, grad_norm, items = float(report.loss), float(report.grad_norm), int(report.targets)
+        loss, grad_norm, items = float(report.loss), float(report.grad_norm), int(report.computed)
         now = time.perf_counter()
         seconds, self._last_read = max(now - self._last_read, queuing, 1e-9), now
         rate = items / seconds

@@ -26,7 +26,9 @@ class StepReport:
     grad_norm: Tensor
     """Norm of the gradient of all trained parameters together, before clipping."""
     targets: Tensor
-    """Tokens or images that counted, on all ranks."""
+    """Tokens or images that counted in the loss, on all ranks."""
+    computed: Tensor
+    """Tokens or images that went through the model, on all ranks, whether they counted or not."""
     skipped: bool
     """Whether a transform asked for no update."""
 
@@ -47,7 +49,8 @@ def train_step(
     """
     ctx = StepContext(step, model, optimizer)
     chain.before_step(ctx)
-    targets = process.sum(torch.tensor(sum(batch.count() for batch in batches)))
+    counts = [(batch.count(), batch.targets.numel()) for batch in batches]
+    targets, computed = process.sum(torch.tensor(counts).sum(0)).unbind()
     per_rank = (targets / process.world).clamp(min=1).float()  # FSDP2 averages gradients over ranks
     loss_sum = torch.zeros((), device=process.device)
     for batch in batches:
@@ -60,7 +63,8 @@ def train_step(
     if not ctx.skip_update:
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return StepReport(process.sum(loss_sum) / targets.clamp(min=1), grad_norm, targets, ctx.skip_update)
+    mean_loss = process.sum(loss_sum) / targets.clamp(min=1)
+    return StepReport(mean_loss, grad_norm, targets, computed, ctx.skip_update)
 
 
 def clip_gradients(model: nn.Module, clip_norm: float) -> Tensor:

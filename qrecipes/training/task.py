@@ -35,11 +35,13 @@ class Task:
         # compiled, the float32 copy of the logits is never written to memory
         self._cross_entropy = torch.compile(cross_entropy_sum) if compile else cross_entropy_sum
 
-    def check_fits(self, model: nn.Module, vocabulary: int | None, largest: int | None) -> None:
-        """Raise ConfigError where the data holds more tokens or classes than the model.
+    def check_fits(
+        self, model: nn.Module, vocabulary: int | None, largest: int | None, length: int | None = None
+    ) -> None:
+        """Raise ConfigError where the data holds more tokens or classes than the model, or longer sequences.
 
-        `vocabulary` is the tokenizer's, `largest` the largest token or class that occurs; None where not
-        known.
+        `vocabulary` is the tokenizer's, `largest` the largest token or class that occurs, `length` that of a
+        sequence; None where not known.
         """
         if self.kind == "classification":
             classes = getattr(model, "num_classes", None)
@@ -55,6 +57,12 @@ class Task:
                 f"task.kind: 'language_modeling' needs a model that takes tokens; "
                 f"{type(model).__name__} does not; "
                 "set task.kind = 'classification', or another model.source"
+            )
+        longest = getattr(model, "max_seq_len", None)
+        if length is not None and longest is not None and length > longest:
+            raise ConfigError(
+                f"data.sequence_length: {length} is more than the {longest} tokens that the model takes; "
+                "lower it, or raise model.args.max_seq_len"
             )
         if vocabulary is not None and vocabulary > size:
             raise ConfigError(

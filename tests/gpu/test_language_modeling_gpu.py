@@ -88,12 +88,15 @@ def test_chunks_take_a_fraction_of_the_memory():
     assert chunked < plain / 3
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("checkpointing", ["none", "full"])
-def test_packed_documents_have_the_losses_they_have_alone(compiled, checkpointing):
-    """FlexAttention with a block mask against one document at a time through SDPA, in float32."""
+@pytest.mark.parametrize(
+    ("compiled", "checkpointing", "heads"),
+    [(False, "none", 4), (True, "none", 4), (False, "full", 4), (True, "full", 4), (False, "none", 32)],
+)
+def test_packed_documents_have_the_losses_they_have_alone(compiled, checkpointing, heads):
+    """FlexAttention with a block mask, and a dense mask for heads of 8 features, against one document at a
+    time through SDPA, in float32."""
     torch.manual_seed(0)
-    model = llama3_2(**SIZES).cuda().train()
+    model = llama3_2(**SIZES | {"num_heads": heads}).cuda().train()
     task = Task(TaskSection())
     lengths = [130, 1, 61, 64]
     texts = [torch.randint(512, (n + 1,), device="cuda") for n in lengths]

@@ -187,7 +187,7 @@ def test_what_is_learnt(tmp_path, train_on, expected):
             r"a\.jsonl: line 2: not JSON at column 10: Expecting value",
         ),
         ("a.jsonl", b'{"text": "x"}\n[1]\n', r"line 2: holds an array, not an object with named columns"),
-        ("a.jsonl", b'{"text": "x"}\n{"text": "\xff"}\n', r"a\.jsonl: not UTF-8 at byte 24 \(0xff\)"),
+        ("a.jsonl", b'{"text": "x"}\n{"text": "\xff"}\n', r"a\.jsonl: line 2: not UTF-8 at byte 24 \(0xff\)"),
         (
             "a.json",
             b'[{"text": "x"},\n {"text" "y"}]',

@@ -10,7 +10,7 @@ from torchtune.models.qwen2 import qwen2
 
 from qrecipes.config.run import TaskSection
 from qrecipes.data import IGNORE, Batch
-from qrecipes.training.masks import document_mask
+from qrecipes.training.masks import document_mask, takes_block_mask
 from qrecipes.training.task import Task
 
 SIZES = {
@@ -76,3 +76,22 @@ def test_without_the_mask_the_losses_differ():
     masked = task.loss(model, Batch(tokens[:, :-1], tokens[:, 1:], documents, positions))
     bare = task.loss(model, Batch(tokens[:, :-1], tokens[:, 1:]))
     assert (masked - bare).abs() > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("change", "takes"),
+    [
+        ({}, True),
+        (
+            {"num_heads": 8, "num_kv_heads": 8},
+            False,
+        ),  # heads of 8 features: FlexAttention multiplies no fewer than 16
+        ({"attn_dropout": 0.1}, False),
+    ],
+)
+def test_only_attention_that_can_gets_a_block_mask(change, takes, monkeypatch):
+    monkeypatch.setattr("torchtune.utils._import_guard._SUPPORTS_FLEX_ATTENTION", True)
+    assert takes_block_mask(llama3_2(**SIZES | {"embed_dim": 64} | change)) is takes
+    assert not takes_block_mask(MODELS["gemma2"]())
+    monkeypatch.setattr("torchtune.utils._import_guard._SUPPORTS_FLEX_ATTENTION", False)
+    assert not takes_block_mask(llama3_2(**SIZES | {"embed_dim": 64} | change))

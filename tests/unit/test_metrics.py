@@ -18,7 +18,7 @@ from qrecipes.training.step import StepReport
 
 
 def report(loss: float, norm: float = 1.0) -> StepReport:
-    return StepReport(torch.tensor(loss), torch.tensor(norm), torch.tensor(64), False)
+    return StepReport(torch.tensor(loss), torch.tensor(norm), torch.tensor(40), torch.tensor(64), False)
 
 
 @pytest.fixture

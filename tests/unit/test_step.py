@@ -54,6 +54,7 @@ def test_every_token_weighs_the_same_over_ragged_micro_batches():
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     report = run_step(model, batches)
     assert abs(float(report.loss) - expected.item()) < 1e-6  # float32 sums
+    assert (int(report.targets), int(report.computed)) == (36 - 18, 36)
     for (name, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
         decay = 0.1 if p.ndim == 2 else 0.0
         moved = before[name].double() - 0.1 * (q.grad + decay * before[name].double())
