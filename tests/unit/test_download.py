@@ -57,7 +57,10 @@ REFUSALS = {
     "gated": (lambda: http(errors.GatedRepoError, 403), ["is gated", "hf auth login", "--token"]),
     "missing": (lambda: http(errors.RepositoryNotFoundError, 404), ["no such repository, or it is private"]),
     "revision": (lambda: http(errors.RevisionNotFoundError, 404), ["has no revision 'v9'", "--revision"]),
-    "offline": (lambda: errors.OfflineModeIsEnabled("offline mode"), ["cannot be reached", "use a folder that another machine downloaded"]),
+    "offline": (
+        lambda: errors.OfflineModeIsEnabled("offline mode"),
+        ["cannot be reached", "another machine"],
+    ),
     "not cached": (lambda: errors.LocalEntryNotFoundError("nothing cached"), ["cannot be reached"]),
     "no route": (lambda: ConnectionError("no route to host"), ["cannot be reached (no route to host)"]),
     "incomplete": (
