@@ -238,8 +238,12 @@ class OptimSection:
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
-    name: Literal["adamw", "adamw8bit", "sgd"] = "adamw"
-    """`adamw8bit` is torchao's, with block-wise 8-bit moments."""
+    name: Literal["adamw", "stochastic_adamw", "adamw8bit", "adamw4bit", "adamw_fp8", "sgd"] = "adamw"
+    """`stochastic_adamw` rounds bfloat16 weights stochastically and keeps its second moment in float32.
+    `adamw8bit`, `adamw4bit` and `adamw_fp8` are torchao's, with moments quantized in blocks; they, too, round
+    bfloat16 weights stochastically where `stochastic_rounding` is set."""
+    stochastic_rounding: bool = False
+    """With torchao's optimizers: round bfloat16 weights stochastically instead of to nearest."""
     lr: PositiveFloat = 3e-4
     """Peak learning rate."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.95)
@@ -254,6 +258,13 @@ class OptimSection:
     """Micro-batches an optimizer step."""
     fused: bool = True
     """Use the fused kernel of AdamW and SGD on a GPU."""
+
+    def __post_init__(self) -> None:
+        if self.stochastic_rounding and self.name not in ("adamw8bit", "adamw4bit", "adamw_fp8"):
+            raise ConfigError(
+                f"optim.stochastic_rounding: {self.name!r} has no such switch; "
+                'set name = "stochastic_adamw" or one of torchao\'s, or leave it out'
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,6 +11,7 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from qrecipes import compat
 from qrecipes.errors import ConfigError
+from qrecipes.training.stochastic_adamw import StochasticAdamW
 from qrecipes.transforms.base import ParamGroup
 
 if TYPE_CHECKING:
@@ -54,21 +55,43 @@ def _adamw(settings: list[dict[str, Any]], optim: OptimSection) -> Optimizer:
     return AdamW(settings, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=fused)
 
 
-def _adamw8bit(settings: list[dict[str, Any]], optim: OptimSection) -> Optimizer:
-    compat.repair_low_bit_optimizers()
-    compat.disable_autograd_cache()
-    from torchao.optim import AdamW8bit
+def _stochastic_adamw(settings: list[dict[str, Any]], optim: OptimSection) -> Optimizer:
+    return StochasticAdamW(settings, lr=optim.lr, betas=optim.betas, eps=optim.eps)
 
-    for setting in settings:  # a tensor, so that a new learning rate does not compile the step anew
-        setting["lr"] = torch.tensor(setting["lr"], dtype=torch.float32)
-    return AdamW8bit(settings, lr=optim.lr, betas=optim.betas, eps=optim.eps)
+
+def _torchao(name: str) -> Callable[[list[dict[str, Any]], OptimSection], Optimizer]:
+    """torchao's optimizer of that name, whose moments are quantized in blocks."""
+
+    def construct(settings: list[dict[str, Any]], optim: OptimSection) -> Optimizer:
+        compat.repair_low_bit_optimizers()
+        compat.disable_autograd_cache()
+        import torchao.optim
+
+        for setting in settings:  # a tensor, so that a new learning rate does not compile the step anew
+            setting["lr"] = torch.tensor(setting["lr"], dtype=torch.float32)
+        return getattr(torchao.optim, name)(
+            settings,
+            lr=optim.lr,
+            betas=optim.betas,
+            eps=optim.eps,
+            bf16_stochastic_round=optim.stochastic_rounding,
+        )
+
+    return construct
 
 
 def _sgd(settings: list[dict[str, Any]], optim: OptimSection) -> Optimizer:
     return SGD(settings, lr=optim.lr, momentum=optim.betas[0], fused=_fused(settings, optim))
 
 
-OPTIMIZERS = {"adamw": _adamw, "adamw8bit": _adamw8bit, "sgd": _sgd}
+OPTIMIZERS = {
+    "adamw": _adamw,
+    "stochastic_adamw": _stochastic_adamw,
+    "adamw8bit": _torchao("AdamW8bit"),
+    "adamw4bit": _torchao("AdamW4bit"),
+    "adamw_fp8": _torchao("AdamWFp8"),
+    "sgd": _sgd,
+}
 
 
 def lr_ratio(schedule: ScheduleSection, step: int, steps: int) -> float:

@@ -30,6 +30,7 @@ EXTRA = [
     "llm::chunked",
     f"llm:{methods()[0]}:chunked",
     "llm::adamw8bit",
+    "llm::stochastic_adamw",  # in float32, where it rounds nothing and equals AdamW
 ]
 
 

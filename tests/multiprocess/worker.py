@@ -20,6 +20,7 @@ from harness import Trial, peek, tiny_run
 
 from qrecipes.parallel import process as processes
 from qrecipes.training import checkpoint
+from qrecipes.training.optim import OPTIMIZERS
 
 STEPS = 6
 
@@ -33,10 +34,11 @@ def variant(run, name: str):
         "noreshard": ({"reshard_after_forward": False}, {}),
         "chunked": ({}, {"loss": "chunked", "chunk_tokens": 24}),
         "adamw8bit": ({}, {}),
+        "stochastic_adamw": ({}, {}),
     }[name]
     run = replace(run, parallel=replace(run.parallel, **parallel), task=replace(run.task, **task))
-    if name == "adamw8bit":
-        run = replace(run, optim=replace(run.optim, name="adamw8bit"))
+    if name in OPTIMIZERS:
+        run = replace(run, optim=replace(run.optim, name=name))
         if "embed_dim" in run.model.args and run.task.kind == "classification":
             # then the position embedding, which one rank holds whole, is large enough for 8 bits on that rank
             run = replace(run, model=replace(run.model, args=run.model.args | {"embed_dim": 256}))

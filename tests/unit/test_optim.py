@@ -12,7 +12,7 @@ from torch import nn
 
 from qrecipes.config.run import OptimSection, ScheduleSection
 from qrecipes.errors import ConfigError
-from qrecipes.training.optim import build_optimizer, lr_ratio, set_lr
+from qrecipes.training.optim import OPTIMIZERS, build_optimizer, lr_ratio, set_lr
 from qrecipes.transforms.base import ParamGroup
 
 
@@ -40,7 +40,7 @@ def test_nothing_to_train_is_an_error():
         build_optimizer([], OptimSection())
 
 
-@pytest.mark.parametrize("name", ["adamw", "adamw8bit", "sgd"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_optimizer_minimizes(name):
     torch.manual_seed(0)
     layer = nn.Linear(64, 64)  # 4096 weights, the least that 8-bit moments quantize
