@@ -197,7 +197,7 @@ def replaced(position: int, value: torch.Tensor) -> list[torch.Tensor]:
             replaced(2, torch.ones(3)),
             r"row_scale_M1: .* of shape \(3,\), where .* \(3, 1\) are needed; reshape",
         ),
-        (replaced(2, torch.ones(1, 1)), r"row_scale_M1: .* of shape \(1, 1\)"),
+        (replaced(2, torch.ones(2, 1)), r"row_scale_M1: .* of shape \(2, 1\)"),
         (replaced(2, torch.ones(3, 1, dtype=torch.int32)), "row_scale_M1: torch.int32"),
         (replaced(3, torch.ones(4, 1)), r"col_scale_1N: .* of shape \(4, 1\), where .* \(1, 4\) are needed"),
         (replaced(3, torch.ones(1, 4, device="meta")), "col_scale_1N: on meta, but a_MK is on cpu; move it"),
