@@ -24,6 +24,7 @@ from qrecipes.quant.int8_tiles import (
     Tiles,
     choose_tiles,
     choose_tma_tiles,
+    tma_shared_bytes,
 )
 
 __all__ = [
@@ -50,7 +51,7 @@ FLOAT32_SAFE_K = 1_024
 """Longest contraction whose sum of INT8 products is exact in float32: 1024 * 128 * 128 = 2**24."""
 COPY_WORK, COPY_WIDTH = 2**31, 256
 """M * N * K, and M and N each, from which on an operand in another layout is copied for TMA to read. On H100
-the pointer kernel does 110 to 300 TOPS on such layouts and TMA 1200: these products save more than copies cost."""
+the pointer kernel does 110 to 300 TOPS on such layouts and TMA 1200: they save more than a copy costs."""
 SCALE_TILE = 128
 """Elements that share a scale along each tiled dimension of `tile_scaled_int8_mm`."""
 HAS_TRITON = find_spec("triton") is not None
@@ -128,7 +129,8 @@ def scaled_int8_mm_triton(
     if not tma or 0 in (M, N, K):
         plan = _Plan(tiles or choose_tiles(M, N, shared_bytes, num_processors))
     else:
-        tiles = tiles or choose_tma_tiles(M, N, K, shared_bytes, num_processors) or next(iter(TMA_TILES))
+        fitting = choose_tma_tiles(M, N, K, shared_bytes, num_processors, _output_bytes(K, out_dtype))
+        tiles = tiles or fitting or next(iter(TMA_TILES))
         plan = _Plan(tiles, num_processors)
         a_MK, b_KN = _readable_by_tma(a_MK), _readable_by_tma(b_KN.t()).t()
     return _by_kernel(a_MK, b_KN, row_scale_M1, col_scale_1N, bias_N, out_dtype, plan)
@@ -186,8 +188,8 @@ def tune(M: int, N: int, K: int, device: torch.device | str = "cuda") -> Tiles:
     shared_bytes, num_processors, has_tma = _limits(device)
     if not has_tma:
         raise RuntimeError(
-            f"tune.device: {torch.cuda.get_device_name(device)} has no TMA, and its kernel takes its tiles by a "
-            "rule alone; do not tune there"
+            f"tune.device: {torch.cuda.get_device_name(device)} has no TMA; its kernel takes its tiles by "
+            "a rule alone, so do not tune there"
         )
     if torch.cuda.is_current_stream_capturing():
         raise RuntimeError("tune: a CUDA graph is being captured, which timing would spoil; tune before that")
@@ -201,7 +203,7 @@ def tune(M: int, N: int, K: int, device: torch.device | str = "cuda") -> Tiles:
         )
 
     with torch.cuda.device(device):
-        candidates = [tiles for tiles in TMA_TILES if tiles.shared_bytes <= shared_bytes]
+        candidates = [tiles for tiles in TMA_TILES if tma_shared_bytes(tiles, 2) <= shared_bytes]
         tiles = int8_tune.table(device).add(M, N, K, candidates, measure_ms)
     _plan.cache_clear()
     return tiles
@@ -240,7 +242,7 @@ def _device_limits(device: torch.device) -> tuple[int, int]:
 
 
 @lru_cache(maxsize=4096)
-def _plan(device: torch.device, M: int, N: int, K: int, readable: bool) -> _Plan:
+def _plan(device: torch.device, M: int, N: int, K: int, readable: bool, output_bytes: int) -> _Plan:
     """The kernel and its tiles for operands that TMA can read, or for others; none of the sizes is 0."""
     shared_bytes, num_processors, has_tma = _limits(device)
     large = M * N * K >= COPY_WORK and min(M, N) >= COPY_WIDTH
@@ -248,11 +250,16 @@ def _plan(device: torch.device, M: int, N: int, K: int, readable: bool) -> _Plan
         if int8_tune.is_wanted():
             _tune_unless_known(device, M, N, K)
         tiles = int8_tune.table(device).get(M, N, K)
-        if tiles is None or tiles.shared_bytes > shared_bytes:
-            tiles = choose_tma_tiles(M, N, K, shared_bytes, num_processors)
+        if tiles is None or tma_shared_bytes(tiles, output_bytes) > shared_bytes:
+            tiles = choose_tma_tiles(M, N, K, shared_bytes, num_processors, output_bytes)
         if tiles is not None:
             return _Plan(tiles, num_processors)
     return _Plan(choose_tiles(M, N, shared_bytes, num_processors))
+
+
+def _output_bytes(K: int, out_dtype: torch.dtype) -> int:
+    """Size of an element that the kernel writes: a long K is summed in int32, float64 made of float32."""
+    return 4 if K > INT32_SAFE_K else min(4, out_dtype.itemsize)
 
 
 def _tune_unless_known(device: torch.device, M: int, N: int, K: int) -> None:
@@ -373,7 +380,7 @@ def _scaled_int8_mm_cuda(
     else:
         b_NK = b_KN.t()
         readable = int8_kernels.tma_can_read(a_MK) and int8_kernels.tma_can_read(b_NK)
-        plan = _plan(device, M, N, K, readable)
+        plan = _plan(device, M, N, K, readable, _output_bytes(K, out_dtype))
         if plan.tma_processors and not readable:
             a_MK, b_KN = _readable_by_tma(a_MK), _readable_by_tma(b_NK).t()
     return _by_kernel(a_MK, b_KN, row_scale_M1, col_scale_1N, bias_N, out_dtype, plan)
@@ -472,6 +479,8 @@ def _launch(
     a_MK: Tensor, b_KN: Tensor, epilogue: int8_kernels.Epilogue | None, out_dtype: torch.dtype, plan: _Plan
 ) -> Tensor:
     """Run the kernel: scaled into `out_dtype`, or the sums alone in int32 without an epilogue."""
+    if out_dtype is torch.float64:  # its blocks would take twice the shared memory, and hold float32 values
+        return _launch(a_MK, b_KN, epilogue, torch.float32, plan).double()
     out_MN = a_MK.new_empty((a_MK.shape[0], b_KN.shape[1]), dtype=out_dtype)
     if out_MN.numel() == 0:
         return out_MN
@@ -490,9 +499,9 @@ def _current_device(t: Tensor) -> AbstractContextManager[object]:
     return torch.cuda.device_of(t)
 
 
-# Operators by torch.library.Library: those of torch.library.custom_op take 11 to 18 microseconds a call, these
-# 4 to 7 (torch 2.14.1), and a training step makes hundreds of calls. They have no gradient: callers that need
-# one wrap them in a torch.autograd.Function.
+# Operators by torch.library.Library: those of torch.library.custom_op take 11 to 18 microseconds a call,
+# these 4 to 7 (torch 2.14.1), and a training step makes hundreds of calls. They have no gradient: callers
+# that need one wrap them in a torch.autograd.Function.
 _library = torch.library.Library("qrecipes", "FRAGMENT")
 _library.define(
     "scaled_int8_mm(Tensor a_MK, Tensor b_KN, Tensor row_scale_M1, Tensor col_scale_1N, "

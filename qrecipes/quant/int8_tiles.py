@@ -70,10 +70,27 @@ def choose_tiles(M: int, N: int, shared_bytes: int, num_processors: int) -> Tile
     return TILES[-1][0]
 
 
-def choose_tma_tiles(M: int, N: int, K: int, shared_bytes: int, num_processors: int) -> Tiles | None:
-    """The tiles of TMA_TILES with the least `tma_cost` that fit `shared_bytes`; None where none fits."""
-    fitting = [tiles for tiles in TMA_TILES if tiles.shared_bytes <= shared_bytes]
+def choose_tma_tiles(
+    M: int, N: int, K: int, shared_bytes: int, num_processors: int, output_bytes: int = 2
+) -> Tiles | None:
+    """The tiles of TMA_TILES with the least `tma_cost` that fit `shared_bytes`; None where none fits.
+
+    `output_bytes` is the size of an output element.
+    """
+    fitting = [tiles for tiles in TMA_TILES if tma_shared_bytes(tiles, output_bytes) <= shared_bytes]
     return min(fitting, key=lambda t: tma_cost(t, M, N, K, num_processors), default=None)
+
+
+def tma_shared_bytes(tiles: Tiles, output_bytes: int) -> int:
+    """Shared memory that the TMA kernel needs at most, compiled for Hopper.
+
+    Beside the blocks in flight a persistent program needs memory to reorder the block that it stores. Triton
+    3.6 and 3.8 reorder elements of two bytes in parts of 32 KiB.
+    """
+    reordered = tiles.block_m * tiles.block_n * output_bytes if tiles.persistent else 0
+    if output_bytes <= 2:
+        reordered = min(reordered, 2**15)
+    return tiles.shared_bytes + reordered + 128  # barriers
 
 
 def tma_cost(tiles: Tiles, M: int, N: int, K: int, num_processors: int) -> float:

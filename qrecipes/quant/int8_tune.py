@@ -1,7 +1,7 @@
 """Measured choices of tiles, kept on disk: one JSON file for each device and version of Triton.
 
-Nothing is measured unless QRECIPES_INT8_TUNE=1 or `int8_matmul.tune` asks; what was measured once is then used
-by every run. Which tiles are taken changes the time of a product, never its result.
+Nothing is measured unless QRECIPES_INT8_TUNE=1 or `int8_matmul.tune` asks; what was measured once is then
+used by every run. Which tiles are taken changes the time of a product, never its result.
 """
 
 from __future__ import annotations
