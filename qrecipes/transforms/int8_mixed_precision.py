@@ -66,8 +66,8 @@ class Int8MixedPrecisionConfig(TransformConfig):
     def __post_init__(self) -> None:
         if self.save_int8_input and not self.grad_weight:
             raise ConfigError(
-                "int8_mixed_precision.save_int8_input: true, but grad_weight is false and needs the input in high "
-                "precision; set grad_weight to true or save_int8_input to false"
+                "int8_mixed_precision.save_int8_input: true, but grad_weight is false and needs the input in "
+                "high precision; set grad_weight to true or save_int8_input to false"
             )
         if not (self.output or self.grad_input or self.grad_weight):
             raise ConfigError(
@@ -171,8 +171,8 @@ class _Int8Linear(torch.autograd.Function):
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError(
-                "Int8MixedPrecisionLinear: a gradient is taken with create_graph, but INT8 products have no second "
-                "derivative; add the layer to the transform's skip"
+                "Int8MixedPrecisionLinear: a gradient is taken with create_graph, but INT8 products have no "
+                "second derivative; add the layer to the transform's skip"
             )
         weight_NK, *kept = ctx.saved_tensors
         config, rounding = ctx.config, ctx.config.stochastic_rounding
