@@ -271,7 +271,7 @@ def _tune_unless_known(device: torch.device, M: int, N: int, K: int) -> None:
 
 def _readable_by_tma(matrix: Tensor) -> Tensor:
     """The matrix, or a copy with contiguous rows that start at multiples of 16 bytes."""
-    if int8_kernels.tma_can_read(matrix):
+    if int8_kernels.tma_can_read(matrix, 0):
         return matrix
     rows, width = matrix.shape
     copy = matrix.new_empty_strided((rows, width), (-(-width // 16) * 16, 1))
@@ -378,11 +378,10 @@ def _scaled_int8_mm_cuda(
     if M == 0 or N == 0 or K == 0:
         plan = _Plan(TILES[-1][0])
     else:
-        b_NK = b_KN.t()
-        readable = int8_kernels.tma_can_read(a_MK) and int8_kernels.tma_can_read(b_NK)
+        readable = int8_kernels.tma_can_read(a_MK, 0) and int8_kernels.tma_can_read(b_KN, 1)
         plan = _plan(device, M, N, K, readable, _output_bytes(K, out_dtype))
         if plan.tma_processors and not readable:
-            a_MK, b_KN = _readable_by_tma(a_MK), _readable_by_tma(b_NK).t()
+            a_MK, b_KN = _readable_by_tma(a_MK), _readable_by_tma(b_KN.t()).t()
     return _by_kernel(a_MK, b_KN, row_scale_M1, col_scale_1N, bias_N, out_dtype, plan)
 
 
@@ -486,7 +485,7 @@ def _launch(
         return out_MN
     with _current_device(a_MK):
         if plan.tma_processors:
-            int8_kernels.launch_tma(a_MK, b_KN.t(), epilogue, out_MN, plan.tiles, plan.tma_processors)
+            int8_kernels.launch_tma(a_MK, b_KN, epilogue, out_MN, plan.tiles, plan.tma_processors)
         else:
             int8_kernels.launch_pointers(a_MK, b_KN, epilogue, out_MN, plan.tiles)
     return out_MN

@@ -30,7 +30,7 @@ def launch_rows(
 ) -> None:
     """Fill `q_MK` and `scale_M1`; raise `column_bits_K` to the absmax of columns, for K up to LONGEST_ROW."""
     M, K = x_MK.shape
-    block = min(LONGEST_ROW, max(16, triton.next_power_of_2(K)))
+    block = min(LONGEST_ROW, max(16, 1 << (K - 1).bit_length()))
     rows_of_program = 1 if column_bits_K is None else -(-M // (PROGRAMS_PER_PROCESSOR * processors))
     _rows_kernel[(-(-M // rows_of_program),)](
         x_MK,

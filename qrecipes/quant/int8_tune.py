@@ -82,6 +82,8 @@ class TunedTiles:
             return {key: _tiles(value) for key, value in entries.items()}
         except FileNotFoundError:
             return {}
+        except NotADirectoryError:  # writing there will say so
+            return {}
         except (OSError, ValueError, TypeError, AttributeError) as error:
             warnings.warn(f"{self.path}: ignored, since it cannot be read ({error}); delete it", stacklevel=2)
             return {}
