@@ -74,7 +74,7 @@ def launch_tma(
         K,
         *_epilogue_arguments(epilogue, out_MN),
         SCALED=epilogue is not None,
-        PERSISTENT=tiles.persistent,
+        PROCESSORS=num_processors if tiles.persistent else 0,
         GROUP_M=GROUP_M,
         BLOCK_M=tiles.block_m,
         BLOCK_N=tiles.block_n,
@@ -264,16 +264,16 @@ def _tma_kernel(  # type: ignore[no-untyped-def]
     col_stride,
     bias_stride,
     SCALED: tl.constexpr,
-    PERSISTENT: tl.constexpr,
+    PROCESSORS: tl.constexpr,
     GROUP_M: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """One block of the contiguous output, or every n-th of n persistent programs; TMA reads zeros outside."""
-    if PERSISTENT:
+    """One block of the contiguous output or, persistent, every PROCESSORS-th; TMA reads zeros outside."""
+    if PROCESSORS > 0:
         blocks = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
-        for tile in tl.range(tl.program_id(0), blocks, tl.num_programs(0), flatten=True):
+        for tile in tl.range(tl.program_id(0), blocks, PROCESSORS, flatten=True):
             block_m, block_n = _block_of(tile, M, N, GROUP_M, BLOCK_M, BLOCK_N)
             acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32)
             for block_k in range(tl.cdiv(K, BLOCK_K)):

@@ -1,4 +1,4 @@
-"""The INT8 kernels on a device: TMA matmul, quantization, tile scales, tuning; exact, and as fast as promised."""
+"""The INT8 kernels on a device: TMA matmul, quantization, tile scales, tuning; exact, and fast."""
 
 from __future__ import annotations
 

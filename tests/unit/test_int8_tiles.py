@@ -177,7 +177,7 @@ def compiled_for_hopper(tiles: Tiles, output: str):
 
     constants = {
         "SCALED": output != "i32",
-        "PERSISTENT": tiles.persistent,
+        "PROCESSORS": 132 if tiles.persistent else 0,
         "GROUP_M": 8,
         "BLOCK_M": tiles.block_m,
         "BLOCK_N": tiles.block_n,
