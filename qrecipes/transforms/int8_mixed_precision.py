@@ -11,23 +11,28 @@ slice along the contraction:
 
 SwitchBack (arXiv 2304.13013) keeps grad_weight in high precision, Jetfire (arXiv 2403.12422) does not; here
 each product has a switch.
+
+A tensor that enters two products is quantized for both at once: the gradient of the output along its rows and
+its columns, and the input too where its INT8 form is kept for the backward pass.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from qrecipes.errors import ConfigError
 from qrecipes.quant.int8_matmul import scaled_int8_mm
-from qrecipes.quant.primitives import quantize_int8
+from qrecipes.quant.int8_quantize import quantize_both, quantize_columns, quantize_rows
 from qrecipes.transforms.base import Bounds, LinearTransform, TransformConfig, register
 
 AnyLinear = TypeVar("AnyLinear", bound=nn.Linear)
+Quantized: TypeAlias = tuple[Tensor, Tensor]
+"""INT8 values and the scale of each row."""
 
 # Least SQNR of one layer's product, in dB. Least seen in the pretrained 260K story Llama on Shakespeare:
 # output 30, grad_input 21 (a k_proj), grad_weight 30; on activations and gradients from Student's t with 1.5
@@ -52,8 +57,18 @@ class Int8MixedPrecisionConfig(TransformConfig):
     training is unstable, switch this off first, then `grad_input`."""
     stochastic_rounding: bool = False
     """Round operands up or down at random: each product is then right on average, with 3 dB more noise."""
+    save_int8_input: bool = False
+    """Keep the input for the backward pass as the INT8 that grad_weight multiplies, in half the bytes of
+    bfloat16. The gradients are those of `false`: grad_weight quantizes its input along the tokens either way,
+    here in the forward pass. Where several layers read one input, `false` keeps it once for all, and `true`
+    once for each."""
 
     def __post_init__(self) -> None:
+        if self.save_int8_input and not self.grad_weight:
+            raise ConfigError(
+                "int8_mixed_precision.save_int8_input: true, but grad_weight is false and needs the input in "
+                "high precision; set grad_weight to true or save_int8_input to false"
+            )
         if not (self.output or self.grad_input or self.grad_weight):
             raise ConfigError(
                 "int8_mixed_precision: output, grad_input and grad_weight are all false, which leaves every "
@@ -89,7 +104,8 @@ class Int8MixedPrecisionLinear(nn.Linear):
                 f"Int8MixedPrecisionLinear.input: {input.dtype}, but the weight is {self.weight.dtype}; "
                 "use one dtype for both, and no autocast"
             )
-        return _Int8Linear.apply(input, self.weight, self.bias, self.config)
+        keeps_int8 = self.config.save_int8_input and self.weight.requires_grad and torch.is_grad_enabled()
+        return _Int8Linear.apply(input, self.weight, self.bias, self.config, keeps_int8)
 
     def merged(self) -> nn.Linear:
         """The plain linear layer with the same Parameter objects."""
@@ -130,56 +146,79 @@ class Int8MixedPrecision(LinearTransform[Int8MixedPrecisionConfig]):
 
 
 class _Int8Linear(torch.autograd.Function):
-    """Y = X W^T + b and its gradients; keeps X and W for the backward pass, nothing quantized."""
+    """Y = X W^T + b and its gradients; keeps W, and X as it came or as INT8 of its transpose."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight_NK: Tensor, bias_N: Tensor | None, config: Int8MixedPrecisionConfig
+        ctx: Any,
+        x: Tensor,
+        weight_NK: Tensor,
+        bias_N: Tensor | None,
+        config: Int8MixedPrecisionConfig,
+        keeps_int8: bool,
     ) -> Tensor:
-        ctx.save_for_backward(x, weight_NK)
-        ctx.config = config
-        if not config.output:
+        ctx.config, ctx.shape, ctx.keeps_int8 = config, x.shape, keeps_int8
+        x_TK, rounding = _matrix(x), config.stochastic_rounding
+        by_rows, by_columns = _quantize(x_TK, config.output, keeps_int8, rounding)
+        ctx.save_for_backward(weight_NK, *(by_columns if by_columns is not None else (x,)))
+        if by_rows is None:
             return nn.functional.linear(x, weight_NK, bias_N)
-        y_TN = _int8_product(_matrix(x), 1, weight_NK, 1, config.stochastic_rounding)
-        y = y_TN.reshape(*x.shape[:-1], weight_NK.shape[0])
-        return y if bias_N is None else y + bias_N
+        by_channel = quantize_rows(weight_NK, stochastic_rounding=rounding)
+        y_TN = _product(by_rows, by_channel, x.dtype, bias_N)
+        return y_TN.reshape(*x.shape[:-1], weight_NK.shape[0])
 
     @staticmethod
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
-        x, weight_NK = ctx.saved_tensors
-        config = ctx.config
-        needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError(
+                "Int8MixedPrecisionLinear: a gradient is taken with create_graph, but INT8 products have no "
+                "second derivative; add the layer to the transform's skip"
+            )
+        weight_NK, *kept = ctx.saved_tensors
+        config, rounding = ctx.config, ctx.config.stochastic_rounding
+        needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
         dy_TN = _matrix(grad_y)
         grad_x = grad_weight_NK = grad_bias_N = None
+        by_rows, by_columns = _quantize(
+            dy_TN, needs_x and config.grad_input, needs_weight and config.grad_weight, rounding
+        )
         if needs_x:
-            if config.grad_input:
-                grad_x_TK = _int8_product(dy_TN, 1, weight_NK, 0, config.stochastic_rounding)
+            if by_rows is not None:
+                by_channel = quantize_columns(weight_NK, stochastic_rounding=rounding)
+                grad_x_TK = _product(by_rows, by_channel, dy_TN.dtype)
             else:
                 grad_x_TK = dy_TN @ weight_NK
-            grad_x = grad_x_TK.reshape(x.shape)
+            grad_x = grad_x_TK.reshape(ctx.shape)
         if needs_weight:
-            if config.grad_weight:
-                grad_weight_NK = _int8_product(dy_TN, 0, _matrix(x), 0, config.stochastic_rounding)
+            if by_columns is not None:
+                if not ctx.keeps_int8:
+                    kept = quantize_columns(_matrix(kept[0]), stochastic_rounding=rounding)
+                grad_weight_NK = _product(by_columns, tuple(kept), dy_TN.dtype)
             else:
-                grad_weight_NK = dy_TN.t() @ _matrix(x)
+                grad_weight_NK = dy_TN.t() @ _matrix(kept[0])
         if needs_bias:
             grad_bias_N = dy_TN.sum(0, dtype=torch.float32).to(dy_TN.dtype)
-        return grad_x, grad_weight_NK, grad_bias_N, None
+        return grad_x, grad_weight_NK, grad_bias_N, None, None
 
 
-def _int8_product(a: Tensor, a_dim: int, b: Tensor, b_dim: int, stochastic_rounding: bool) -> Tensor:
-    """Product in INT8 of two matrices, summed over `a_dim` of one and `b_dim` of the other, in a's dtype."""
-    a_MK, row_scale_M1 = _quantize_along(a, a_dim, stochastic_rounding)
-    b_NK, col_scale_N1 = _quantize_along(b, b_dim, stochastic_rounding)
-    return scaled_int8_mm(a_MK, b_NK.t(), row_scale_M1, col_scale_N1.t(), out_dtype=a.dtype)
+def _quantize(
+    matrix: Tensor, rows: bool, columns: bool, stochastic_rounding: bool
+) -> tuple[Quantized | None, Quantized | None]:
+    """INT8 by rows and, transposed, by columns, each None where it is not wanted."""
+    if rows and columns:
+        q, scale, q_transposed, scale_of_columns = quantize_both(
+            matrix, stochastic_rounding=stochastic_rounding
+        )
+        return (q, scale), (q_transposed, scale_of_columns)
+    by_rows = quantize_rows(matrix, stochastic_rounding=stochastic_rounding) if rows else None
+    by_columns = quantize_columns(matrix, stochastic_rounding=stochastic_rounding) if columns else None
+    return by_rows, by_columns
 
 
-def _quantize_along(matrix: Tensor, dim: int, stochastic_rounding: bool) -> tuple[Tensor, Tensor]:
-    """INT8 of a matrix with `dim` moved last and contiguous, as fast matmuls want it, and a scale a row."""
-    q, scale = quantize_int8(matrix, dim, stochastic_rounding=stochastic_rounding)
-    if dim == 0:  # transposed after quantization, when it is one byte an element
-        q, scale = q.t(), scale.t()
-    return q.contiguous(), scale
+def _product(a: Quantized, b: Quantized, dtype: torch.dtype, bias_N: Tensor | None = None) -> Tensor:
+    """A B^T of two quantized matrices with a scale a row each, [M, K] and [N, K], plus the bias."""
+    (a_MK, scale_M1), (b_NK, scale_N1) = a, b
+    return scaled_int8_mm(a_MK, b_NK.t(), scale_M1, scale_N1.t(), bias_N=bias_N, out_dtype=dtype)
 
 
 def _matrix(x: Tensor) -> Tensor:

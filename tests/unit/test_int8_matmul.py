@@ -30,6 +30,9 @@ from qrecipes.quant.int8_matmul import (
     scaled_int8_mm,
     scaled_int8_mm_reference,
     scaled_int8_mm_triton,
+    tile_scaled_int8_mm,
+    tile_scaled_int8_mm_reference,
+    tile_scaled_int8_mm_triton,
 )
 
 REPOSITORY = Path(__file__).parents[2]
@@ -177,6 +180,56 @@ def test_compiles_to_one_graph_for_every_shape():
     assert counter.frame_count == 1
 
 
+def tile_scaled_operands(M: int, N: int, K: int) -> list[torch.Tensor]:
+    a, b, *_ = operands(M, N, K)
+    return [a, b, torch.rand(M, -(-K // 128)), torch.randn(-(-K // 128), -(-N // 128))]
+
+
+@settings(max_examples=30, deadline=None)
+@given(M=st.integers(0, 20), N=st.integers(0, 300), K=st.integers(0, 400))
+def test_tile_scaled_product_is_that_of_dequantized_operands(M, N, K):
+    a, b, a_scale, b_scale = tile_scaled_operands(M, N, K)
+    a_exact = a.double() * a_scale.double().repeat_interleave(128, 1)[:, :K]
+    b_exact = b.double() * b_scale.double().repeat_interleave(128, 0)[:K].repeat_interleave(128, 1)[:, :N]
+    result = tile_scaled_int8_mm(a, b, a_scale, b_scale)
+    # some float32 roundings of at most four terms, each below 128 * 127 * 127 * |scale|
+    torch.testing.assert_close(result.double(), a_exact @ b_exact, rtol=0, atol=1.0)
+    assert torch.equal(tile_scaled_int8_mm_reference(a, b, a_scale, b_scale), result)
+
+
+def test_tile_scaled_operator_satisfies_the_library_contract_and_refuses_other_scales():
+    a, b, a_scale, b_scale = tile_scaled_operands(5, 6, 130)
+    operator = torch.ops.qrecipes.tile_scaled_int8_mm.default
+    torch.library.opcheck(operator, (a, b, a_scale, b_scale, torch.bfloat16))
+    with pytest.raises(ValueError, match=r"a_scale: .* of shape \(5, 1\), where .* \(5, 2\) are needed"):
+        tile_scaled_int8_mm(a, b, a_scale[:, :1], b_scale)
+    with pytest.raises(ValueError, match=r"b_scale: .* of shape \(1, 2\), where .* \(2, 1\) are needed"):
+        tile_scaled_int8_mm(a, b, a_scale, b_scale.t())
+
+
+@pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scalar", [(), (2,), (3,), (2, 3)])
+def test_bias_is_added_before_the_one_rounding_and_scales_may_be_scalar(scalar, out_dtype):
+    arguments = list(operands(17, 19, 64))
+    for position in scalar:
+        arguments[position] = arguments[position][:1, :1]
+    bias = torch.randn(19)
+    wanted = (expected(*arguments).numpy() + bias.numpy()).astype(np.float32)
+    result = scaled_int8_mm(*arguments, bias_N=bias, out_dtype=out_dtype)
+    assert torch.equal(result, torch.from_numpy(wanted).to(out_dtype))
+    assert torch.equal(scaled_int8_mm_reference(*arguments, bias_N=bias, out_dtype=out_dtype), result)
+
+
+def test_bias_that_does_not_fit_is_refused():
+    for bias, message in [
+        (torch.ones(1, 4), r"of shape \(1, 4\), where .* \(4,\) are needed"),
+        (torch.ones(4, dtype=torch.int32), "bias_N: torch.int32"),
+        (torch.ones(4, device="meta"), "bias_N: on meta, but a_MK is on cpu"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            scaled_int8_mm(*operands(3, 4, 5), bias_N=bias)
+
+
 def replaced(position: int, value: torch.Tensor) -> list[torch.Tensor]:
     arguments = list(operands(3, 4, 5))
     arguments[position] = value
@@ -197,7 +250,7 @@ def replaced(position: int, value: torch.Tensor) -> list[torch.Tensor]:
             replaced(2, torch.ones(3)),
             r"row_scale_M1: .* of shape \(3,\), where .* \(3, 1\) are needed; reshape",
         ),
-        (replaced(2, torch.ones(1, 1)), r"row_scale_M1: .* of shape \(1, 1\)"),
+        (replaced(2, torch.ones(2, 1)), r"row_scale_M1: .* of shape \(2, 1\)"),
         (replaced(2, torch.ones(3, 1, dtype=torch.int32)), "row_scale_M1: torch.int32"),
         (replaced(3, torch.ones(4, 1)), r"col_scale_1N: .* of shape \(4, 1\), where .* \(1, 4\) are needed"),
         (replaced(3, torch.ones(1, 4, device="meta")), "col_scale_1N: on meta, but a_MK is on cpu; move it"),
@@ -288,6 +341,43 @@ def check_more_blocks_than_one_group():
 def check_empty_operands():
     for M, N, K in [(0, 3, 4), (3, 0, 4), (3, 4, 0)]:
         assert torch.equal(scaled_int8_mm_triton(*operands(M, N, K), tiles=SMALL), torch.zeros(M, N))
+
+
+def check_tma_shapes_and_layouts():
+    for persistent in (False, True):
+        tiles = Tiles(16, 32, 32, 1, 1, persistent)
+        for shape in [(1, 1, 1), (17, 33, 31), (40, 70, 96), (150, 70, 32)]:
+            for layout_a, layout_b in [("rows", "columns"), ("slice", "slice"), ("one row", "every other")]:
+                arguments = operands(*shape, layout_a, layout_b)
+                result = scaled_int8_mm_triton(*arguments, tiles=tiles, tma=True)
+                assert torch.equal(result, expected(*arguments)), (persistent, shape, layout_a)
+    for shape in [(0, 3, 4), (3, 0, 4), (3, 4, 0)]:
+        result = scaled_int8_mm_triton(*operands(*shape), tiles=SMALL, tma=True)
+        assert torch.equal(result, torch.zeros(shape[:2]))
+
+
+def check_tma_long_sums():
+    arguments = extremes(LONG_K)
+    wide = Tiles(16, 16, 1024, 1, 1)
+    assert torch.equal(scaled_int8_mm_triton(*arguments, tiles=wide, tma=True), expected(*arguments))
+
+
+def check_bias_and_scalar_scales():
+    a, b, row, col = operands(17, 33, 31)
+    bias = torch.randn(66)[::2]
+    for tma in (False, True):
+        for scales in [(row, col), (row[:1], col), (row, col[:, :1]), (row[:1], col[:, :1])]:
+            for offset in (None, bias, bias.half()):
+                how = {"bias_N": offset, "out_dtype": torch.float32}
+                result = scaled_int8_mm_triton(a, b, *scales, **how, tiles=SMALL, tma=tma)
+                assert torch.equal(result, scaled_int8_mm_reference(a, b, *scales, **how)), (tma, offset)
+
+
+def check_tile_scaled():
+    for M, N, K in [(1, 1, 1), (5, 130, 128), (70, 40, 300), (3, 4, 0), (0, 4, 5)]:
+        arguments = tile_scaled_operands(M, N, K)
+        result = tile_scaled_int8_mm_triton(*arguments)
+        assert torch.equal(result, tile_scaled_int8_mm_reference(*arguments)), (M, N, K)
 
 
 def check_long_sums():
