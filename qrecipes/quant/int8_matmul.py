@@ -193,7 +193,10 @@ def tune(M: int, N: int, K: int, device: torch.device | str = "cuda") -> Tiles:
         )
     if torch.cuda.is_current_stream_capturing():
         raise RuntimeError("tune: a CUDA graph is being captured, which timing would spoil; tune before that")
-    a_MK, b_NK = (torch.randint(-127, 128, (rows, K), dtype=torch.int8, device=device) for rows in (M, N))
+    a_MK, b_NK = (
+        _readable_by_tma(torch.randint(-127, 128, (rows, K), dtype=torch.int8, device=device))
+        for rows in (M, N)
+    )
     ones = torch.ones(1, 1, device=device)
 
     def measure_ms(tiles: Tiles) -> float:
