@@ -393,7 +393,7 @@ def test_missing_weights(tmp_path, monkeypatch):
     with pytest.raises(WeightsError, match="no such file or folder"):
         loaded(tmp_path / "nothing")
     with pytest.raises(
-        WeightsError, match=r"OWNER/NAME: no such folder here.*outgoing traffic.*give a folder"
+        WeightsError, match=r"OWNER/NAME: no such folder here.*outgoing traffic.*use a folder"
     ):
         locate("OWNER/NAME")
     with pytest.raises(ConfigError, match="did you mean 'stories260k'"):
