@@ -1,0 +1,150 @@
+"""The three products of a linear layer in INT8, against bf16, torch._int_mm and torch's float8, in one run.
+
+    tools/bench_matmul.py [--shapes MxNxK ...] [--output FILE.json]
+
+M tokens, N output features, K input features. Operands are quantized beforehand and lie as each library wants
+them; what is timed is the product with its scaling. `A B^T` is the layer's output, `A B` the gradient of its
+input, `A^T B` that of its weight; the last two are given as they come (strided) and, for ours, also copied so
+that both operands are contiguous along the sum, as `int8_mixed_precision` quantizes them. Random data,
+medians; on a GPU of bursts of calls, so that a small product does not wait for its launch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qrecipes.parallel.process import Process, pick_device
+from qrecipes.quant.int8_matmul import scaled_int8_mm
+from qrecipes.training.metrics import environment
+
+SHAPES = (
+    (4096, 4096, 4096),
+    (8192, 8192, 8192),
+    (8192, 14336, 4096),
+    (8192, 4096, 14336),
+    (8192, 4096, 4096),
+    (8192, 1024, 4096),
+    (16384, 2048, 2048),
+    (16448, 1408, 1408),
+)
+"""Cubes, Llama 3 8B's layers at 8192 tokens, a 1B layer, and ViT-g at 64 images of 257 tokens."""
+BURST = 5
+"""Calls between two readings of a GPU's clock."""
+Case = Callable[[], Tensor]
+
+
+def main() -> int:
+    """Time every case of every shape and print the table last."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--shapes", nargs="+", metavar="MxNxK", help="default: the reference's and Llama 8B's"
+    )
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--output", type=Path)
+    args = parser.parse_args()
+    given = [tuple(map(int, text.split("x"))) for text in args.shapes or []]
+    device = pick_device("auto")
+    results = []
+    for M, N, K in given or SHAPES:
+        for product, cases in products(M, N, K, device).items():
+            rates = {name: rate(case, 2 * M * N * K, args.repeats, device) for name, case in cases.items()}
+            results.append({"M": M, "N": N, "K": K, "product": product, "tera_per_s": rates})
+    found = {
+        "command": " ".join(["tools/bench_matmul.py", *(["--shapes", *args.shapes] if args.shapes else [])]),
+        "results": results,
+        "environment": {k: v for k, v in environment(Process(0, 1, device, None)).items() if k != "command"},
+    }
+    if args.output:
+        args.output.write_text(json.dumps(found, indent=1) + "\n")
+    print(table(results))
+    return 0
+
+
+def products(M: int, N: int, K: int, device: torch.device) -> dict[str, dict[str, Case]]:
+    """The cases of each of a linear layer's products, [T=M, N], [M, K] and [N, K]."""
+    x, w, dy = (torch.randn(shape, device=device).bfloat16() for shape in ((M, K), (N, K), (M, N)))
+    xq, wq, dyq = (torch.randint(-127, 128, t.shape, dtype=torch.int8, device=device) for t in (x, w, dy))
+    return {
+        "A B^T": cases(x, w.t(), xq, wq.t()),
+        "A B": cases(dy, w, dyq, wq),
+        "A^T B": cases(dy.t(), x, dyq.t(), xq),
+    }
+
+
+def cases(a: Tensor, b: Tensor, aq: Tensor, bq: Tensor) -> dict[str, Case]:
+    """What computes a [M, K] times b [K, N], by name."""
+    row = torch.rand(a.shape[0], 1, device=a.device)
+    col = torch.rand(1, b.shape[1], device=a.device)
+    rows_a, rows_b = aq.contiguous(), bq.t().contiguous()
+    found: dict[str, Case] = {
+        "bf16": lambda: a @ b,
+        "torch._int_mm": lambda: torch._int_mm(aq, bq),
+        "ours, strided": lambda: scaled_int8_mm(aq, bq, row, col, out_dtype=torch.bfloat16),
+        "ours, K-major": lambda: scaled_int8_mm(rows_a, rows_b.t(), row, col, out_dtype=torch.bfloat16),
+    }
+    if a.is_cuda and torch.cuda.get_device_capability(a.device) >= (8, 9):
+        a8 = a.contiguous().to(torch.float8_e4m3fn)
+        b8 = b.t().contiguous().to(torch.float8_e4m3fn).t()
+        one = torch.ones((), device=a.device)
+        found["float8 rowwise"] = lambda: torch._scaled_mm(
+            a8, b8, scale_a=row, scale_b=col, out_dtype=torch.bfloat16, use_fast_accum=True
+        )
+        found["float8 tensorwise"] = lambda: torch._scaled_mm(
+            a8, b8, scale_a=one, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=True
+        )
+    return found
+
+
+def rate(case: Case, operations: int, repeats: int, device: torch.device) -> float | None:
+    """Tera-operations a second, by the median time; None where a library refuses the shape or layout."""
+    try:
+        for _ in range(3):
+            case()
+        times = [seconds(case, device) for _ in range(repeats)]
+    except (RuntimeError, ValueError):
+        return None
+    return round(operations / statistics.median(times) / 1e12, 2)
+
+
+def seconds(case: Case, device: torch.device) -> float:
+    """Time of one call, on a GPU the mean of a burst."""
+    if device.type != "cuda":
+        start = time.perf_counter()
+        case()
+        return time.perf_counter() - start
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin.record()
+    for _ in range(BURST):
+        case()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3 / BURST
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """Rates, and in brackets times bf16."""
+    names = list(dict.fromkeys(name for r in results for name in r["tera_per_s"]))
+    lines = [f"{'M x N x K':22}{'product':>8}" + "".join(f"{name:>20}" for name in names)]
+    for r in results:
+        rates = r["tera_per_s"]
+        line = f"{r['M']} x {r['N']} x {r['K']}"
+        cells = [f"{line:22}{r['product']:>8}"]
+        for name in names:
+            value = rates.get(name)
+            cells.append(f"{'-':>20}" if value is None else f"{value:12,.1f} ({value / rates['bf16']:4.2f})")
+        lines.append("".join(cells))
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
