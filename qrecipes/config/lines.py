@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import tomli
+
+from qrecipes.errors import ConfigError
 
 KeyPath = tuple[str | int, ...]
 
@@ -134,3 +137,22 @@ def _tokens(text: str) -> Iterator[_Token]:
     for match in _TOKEN.finditer(text):
         yield _Token(match.group(), line)
         line += match.group().count("\n")
+
+
+def read_toml(path: Path) -> tuple[dict[str, Any], dict[KeyPath, int]]:
+    """A file's table, and the line on which each of its keys is set.
+
+    Raises:
+        ConfigError: if it cannot be read, naming the line that is not UTF-8 or not TOML.
+    """
+    try:
+        text = path.read_bytes().decode().replace("\r\n", "\n")
+        table = tomli.loads(text)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise ConfigError(f"{path}:{line}: not UTF-8, which TOML is; save the file as UTF-8") from error
+    except tomli.TOMLDecodeError as error:
+        raise ConfigError(f"{path}:{error.lineno}: not TOML: {error.msg}, at column {error.colno}") from error
+    return table, key_lines(text)

@@ -13,12 +13,11 @@ from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-import tomli
 import tomli_w
 from pydantic import TypeAdapter, ValidationError
 
 from qrecipes import locate
-from qrecipes.config.lines import KeyPath, dotted, key_lines, literal, split_key
+from qrecipes.config.lines import KeyPath, dotted, literal, read_toml, split_key
 from qrecipes.config.problems import Problem, attribute, dates_in, did_you_mean, explain, unknown_key
 from qrecipes.config.rules import check
 from qrecipes.config.run import Run
@@ -129,17 +128,8 @@ def _read(path: Path) -> _Source:
 
 
 def _read_one(path: Path) -> _Source:
-    try:
-        text = path.read_bytes().decode().replace("\r\n", "\n")
-        table = tomli.loads(text)
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        raise ConfigError(f"{path}:{line}: not UTF-8, which TOML is; save the file as UTF-8") from error
-    except tomli.TOMLDecodeError as error:
-        raise ConfigError(f"{path}:{error.lineno}: not TOML: {error.msg}, at column {error.colno}") from error
-    return _Source(table, f"{path}:1", {key: f"{path}:{line}" for key, line in key_lines(text).items()})
+    table, lines = read_toml(path)
+    return _Source(table, f"{path}:1", {key: f"{path}:{line}" for key, line in lines.items()})
 
 
 def _merge(

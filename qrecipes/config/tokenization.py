@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-import tomli
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from qrecipes.config.lines import KeyPath, key_lines
+from qrecipes.config.lines import KeyPath, read_toml
 from qrecipes.config.problems import Problem, attribute, dates_in, explain
 from qrecipes.config.run import STRICT, Fraction, PositiveInt, TokenizerSection
 from qrecipes.config.schema import meanings
@@ -105,16 +104,8 @@ def load(path: Path | None, flags: Mapping[str, Any]) -> Tokenization:
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[KeyPath, str]]:
-    try:
-        text = path.read_bytes().decode().replace("\r\n", "\n")
-        table = tomli.loads(text)
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not UTF-8, which TOML is; save the file as UTF-8") from error
-    except tomli.TOMLDecodeError as error:
-        raise ConfigError(f"{path}:{error.lineno}: not TOML: {error.msg}, at column {error.colno}") from error
-    return table, {key: f"{path}:{line}" for key, line in key_lines(text).items()}
+    table, lines = read_toml(path)
+    return table, {key: f"{path}:{line}" for key, line in lines.items()}
 
 
 def _place(problem: Problem, places: Mapping[KeyPath, str], default: str) -> str:

@@ -5,9 +5,7 @@ Scores agree with those of lm-eval on transformers only where texts begin alike.
 
 from __future__ import annotations
 
-from tokenizers import Tokenizer as TokenizersTokenizer
-
-from qrecipes.data.tokenizers import Tokenizer
+from qrecipes.data.tokenizers import HFTokenizer, Tokenizer
 
 
 def empty_context_token(tokenizer: Tokenizer) -> int | None:
@@ -25,8 +23,6 @@ def begins_with_bos(tokenizer: Tokenizer) -> bool:
     A tokenizer.json says so by its post-processor, which transformers 5 follows whatever `add_bos_token` in
     tokenizer_config.json says. Tokenizers of other kinds do if they have the token.
     """
-    path = next((file for file in tokenizer.files if file.name == "tokenizer.json"), None)
-    if path is None:
+    if not isinstance(tokenizer, HFTokenizer):
         return tokenizer.bos_id is not None
-    added = TokenizersTokenizer.from_file(str(path)).encode("", add_special_tokens=True).ids
-    return bool(added) and added[0] == empty_context_token(tokenizer)
+    return tokenizer.first_id is not None and tokenizer.first_id == empty_context_token(tokenizer)

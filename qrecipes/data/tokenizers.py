@@ -189,8 +189,10 @@ class HFTokenizer:
             for name in ("tokenizer_config.json", "generation_config.json", "config.json")
         ]
         beginning = self._special("bos_token", configs, _BEGINNINGS)
-        added_to_nothing = self._tokenizer.encode("", add_special_tokens=True).ids
-        begins = added_to_nothing[:1] == [beginning] and configs[0].get("add_bos_token", True)
+        put_first = next(iter(self._tokenizer.encode("", add_special_tokens=True).ids), None)
+        self.first_id = put_first
+        """What the post-processor puts before every text, whatever add_bos_token says."""
+        begins = put_first == beginning and configs[0].get("add_bos_token", True)
         self.bos_id = beginning if begins else None
         self.eos_id = self._special("eos_token", configs, _ENDS)
         added = self._tokenizer.get_added_tokens_decoder()
