@@ -1,8 +1,9 @@
-"""INT8 of a matrix along its rows, its columns or both, laid out as the fast INT8 matmuls want it.
+"""INT8 of a matrix along its rows or its columns, laid out as the fast INT8 matmuls want it.
 
 M rows, K columns. What a product sums over is contiguous in the result, from a multiple of 16 bytes on, so
-columns come transposed. On CUDA the matrix is read once for its rows, and twice for its columns or for both;
-random numbers for stochastic rounding are made inside the kernels and take no memory.
+columns come transposed. On CUDA the matrix is read from memory once, but for what does not stay in the L2
+cache; random numbers for stochastic rounding are made inside the kernels and take no memory. Under
+`torch.compile` rows are quantized in plain PyTorch, which Inductor puts into the kernel that makes them.
 """
 
 from __future__ import annotations
@@ -21,12 +22,15 @@ def quantize_rows(x_MK: Tensor, *, stochastic_rounding: bool = False) -> tuple[T
     """INT8 [M, K] and a float32 scale a row [M, 1], as `quantize_int8` of dimension 1, bit for bit.
 
     Rounding is half to even or stochastic, seeded by the default generator of the matrix's device. Rows of
-    the result start at multiples of 16 bytes. It has no gradient.
+    the result start at multiples of 16 bytes. It has no gradient. Compiled, a division may be off by the last
+    bit, and rounding by it.
 
     Raises:
         ValueError: if `x_MK` is not a floating matrix.
     """
     _check("quantize_rows", x_MK)
+    if torch.compiler.is_compiling() and x_MK.shape[1] % 16 == 0:
+        return quantize_int8(x_MK, 1, stochastic_rounding=stochastic_rounding)
     return torch.ops.qrecipes.quantize_rows.default(x_MK, _seed(x_MK, stochastic_rounding))
 
 
@@ -39,17 +43,6 @@ def quantize_columns(x_MK: Tensor, *, stochastic_rounding: bool = False) -> tupl
     return torch.ops.qrecipes.quantize_columns.default(x_MK, _seed(x_MK, stochastic_rounding))
 
 
-def quantize_both(
-    x_MK: Tensor, *, stochastic_rounding: bool = False
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What `quantize_rows` and `quantize_columns` give, [M, K], [M, 1], [K, M] and [K, 1], in one read less.
-
-    Stochastic rounding rounds an element independently in both.
-    """
-    _check("quantize_both", x_MK)
-    return torch.ops.qrecipes.quantize_both.default(x_MK, _seed(x_MK, stochastic_rounding))
-
-
 def quantize_rows_triton(x_MK: Tensor, seed: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """`quantize_rows` by its kernel, which Triton's interpreter runs on the CPU; stochastic with a seed.
 
@@ -60,7 +53,7 @@ def quantize_rows_triton(x_MK: Tensor, seed: Tensor | None = None) -> tuple[Tens
     if 0 in x_MK.shape:
         return q_MK, scale_M1.zero_()
     with _current_device(x_MK):
-        kernels.launch_rows(x_MK, q_MK, scale_M1, None, seed, 1)
+        kernels.launch_rows(x_MK, q_MK, scale_M1, seed)
     return q_MK, scale_M1
 
 
@@ -70,25 +63,9 @@ def quantize_columns_triton(x_MK: Tensor, seed: Tensor | None = None) -> tuple[T
     q_KM, scale_K1 = _columns_fake(x_MK)
     if 0 in x_MK.shape:
         return q_KM, scale_K1.zero_()
-    column_bits_K = x_MK.new_zeros(x_MK.shape[1], dtype=torch.int32)
     with _current_device(x_MK):
-        kernels.launch_column_absmax(x_MK, column_bits_K)
-        kernels.launch_columns(x_MK, q_KM, scale_K1, column_bits_K, seed)
+        kernels.launch_columns(x_MK, q_KM, scale_K1, seed, _limits(x_MK.device).num_processors)
     return q_KM, scale_K1
-
-
-def quantize_both_triton(x_MK: Tensor, seed: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`quantize_both` by its kernels, as `quantize_rows_triton`."""
-    if 0 in x_MK.shape or x_MK.shape[1] > kernels.LONGEST_ROW:
-        return *quantize_rows_triton(x_MK, seed), *quantize_columns_triton(x_MK, seed)
-    x_MK = _rows_contiguous(x_MK)
-    q_MK, scale_M1, q_KM, scale_K1 = _both_fake(x_MK)
-    column_bits_K = x_MK.new_zeros(x_MK.shape[1], dtype=torch.int32)
-    with _current_device(x_MK):
-        num_processors = _limits(x_MK.device).num_processors
-        kernels.launch_rows(x_MK, q_MK, scale_M1, column_bits_K, seed, num_processors)
-        kernels.launch_columns(x_MK, q_KM, scale_K1, column_bits_K, seed)
-    return q_MK, scale_M1, q_KM, scale_K1
 
 
 def _check(where: str, x_MK: Tensor) -> None:
@@ -111,8 +88,10 @@ def _rows_contiguous(x_MK: Tensor) -> Tensor:
 
 
 def _int8_like(x: Tensor, rows: int, width: int) -> Tensor:
-    """An empty INT8 matrix whose rows start at multiples of 16 bytes."""
-    return x.new_empty_strided((rows, width), (-(-width // 16) * 16, 1), dtype=torch.int8)
+    """An empty INT8 matrix whose rows, the last one too, have room up to a multiple of 16 bytes."""
+    room = -(-width // 16) * 16
+    matrix = x.new_empty((rows, room), dtype=torch.int8)
+    return matrix if room == width else matrix[:, :width]
 
 
 def _rows_fake(x_MK: Tensor, seed: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -123,10 +102,6 @@ def _rows_fake(x_MK: Tensor, seed: Tensor | None = None) -> tuple[Tensor, Tensor
 def _columns_fake(x_MK: Tensor, seed: Tensor | None = None) -> tuple[Tensor, Tensor]:
     M, K = x_MK.shape
     return _int8_like(x_MK, K, M), x_MK.new_empty((K, 1), dtype=torch.float32)
-
-
-def _both_fake(x_MK: Tensor, seed: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return *_rows_fake(x_MK), *_columns_fake(x_MK)
 
 
 def _rows_on_cpu(x_MK: Tensor, seed: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -141,10 +116,6 @@ def _columns_on_cpu(x_MK: Tensor, seed: Tensor | None = None) -> tuple[Tensor, T
     return q_KM.copy_(q.t()), scale_K1.copy_(scale.t())
 
 
-def _both_on_cpu(x_MK: Tensor, seed: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return *_rows_on_cpu(x_MK, seed), *_columns_on_cpu(x_MK, seed)
-
-
 def _seeded(x_MK: Tensor, dim: int, seed: Tensor | None) -> tuple[Tensor, Tensor]:
     if seed is None:
         return quantize_int8(x_MK, dim)
@@ -154,14 +125,12 @@ def _seeded(x_MK: Tensor, dim: int, seed: Tensor | None) -> tuple[Tensor, Tensor
 
 
 _library = torch.library.Library("qrecipes", "FRAGMENT")
-for _name, _num_results, _on_cpu, _on_cuda, _fake in (
-    ("quantize_rows", 2, _rows_on_cpu, quantize_rows_triton, _rows_fake),
-    ("quantize_columns", 2, _columns_on_cpu, quantize_columns_triton, _columns_fake),
-    ("quantize_both", 4, _both_on_cpu, quantize_both_triton, _both_fake),
+for _name, _on_cpu, _on_cuda, _fake in (
+    ("quantize_rows", _rows_on_cpu, quantize_rows_triton, _rows_fake),
+    ("quantize_columns", _columns_on_cpu, quantize_columns_triton, _columns_fake),
 ):
-    _results = ", ".join(["Tensor"] * _num_results)
     _library.define(
-        f"{_name}(Tensor x_MK, Tensor? seed=None) -> ({_results})", tags=(torch.Tag.pt2_compliant_tag,)
+        f"{_name}(Tensor x_MK, Tensor? seed=None) -> (Tensor, Tensor)", tags=(torch.Tag.pt2_compliant_tag,)
     )
     _library.impl(_name, _on_cpu, "CPU")
     _library.impl(_name, _on_cuda, "CUDA")

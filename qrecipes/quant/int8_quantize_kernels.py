@@ -6,43 +6,36 @@ NaN on top, so that no maximum loses one.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton import knobs
 
 LONGEST_ROW = 16_384
 """Longest row that a program holds in registers; a longer one is read twice."""
-PROGRAMS_PER_PROCESSOR = 4
-"""Programs that share the rows where each also collects the maxima of columns."""
-COLUMN_BLOCK = 128
-"""Width and height of the blocks that are transposed."""
+BLOCK_M, BLOCK_K = 256, 64
+"""Rows and columns of the blocks that are transposed."""
+LAG_PER_PROCESSOR = 2
+"""Blocks for each processor that are looked at before the first is quantized: enough for the maxima of a
+column to be complete when they are wanted, and few enough for a block still to be in the L2 cache."""
 ROUND = tl.constexpr(12_582_912.0)  # 1.5 * 2**23: adding it leaves no bit for a fraction, half goes to even
 PHILOX_ROUNDS = tl.constexpr(7)  # the fewest that pass BigCrush (Salmon et al. 2011)
+INTERPRETED = tl.constexpr(knobs.runtime.interpret)
 
 
-def launch_rows(
-    x_MK: Tensor,
-    q_MK: Tensor,
-    scale_M1: Tensor,
-    column_bits_K: Tensor | None,
-    seed: Tensor | None,
-    processors: int,
-) -> None:
-    """Fill `q_MK` and `scale_M1`; raise `column_bits_K` to the absmax of columns, for K up to LONGEST_ROW."""
+def launch_rows(x_MK: Tensor, q_MK: Tensor, scale_M1: Tensor, seed: Tensor | None) -> None:
+    """Fill `q_MK` and `scale_M1`."""
     M, K = x_MK.shape
     block = min(LONGEST_ROW, max(16, 1 << (K - 1).bit_length()))
-    rows_of_program = 1 if column_bits_K is None else -(-M // (PROGRAMS_PER_PROCESSOR * processors))
-    _rows_kernel[(-(-M // rows_of_program),)](
+    _rows_kernel[(M,)](
         x_MK,
         q_MK,
         scale_M1,
-        column_bits_K,
         seed,
-        M,
         K,
         x_MK.stride(0),
         q_MK.stride(0),
-        rows_of_program,
         WHOLE=block >= K,
         BLOCK=block,
         num_warps=4 if block <= 2048 else 8 if block <= 8192 else 16,
@@ -50,41 +43,27 @@ def launch_rows(
     )
 
 
-def launch_column_absmax(x_MK: Tensor, column_bits_K: Tensor) -> None:
-    """Raise `column_bits_K`, zeros at first, to the bits of the absmax of each column."""
-    M, K = x_MK.shape
-    rows_of_program = 512
-    grid = (-(-M // rows_of_program), -(-K // COLUMN_BLOCK))
-    _column_absmax_kernel[grid](
-        x_MK,
-        column_bits_K,
-        M,
-        K,
-        x_MK.stride(0),
-        rows_of_program,
-        BLOCK_M=32,
-        BLOCK_K=COLUMN_BLOCK,
-        num_warps=4,
-    )
-
-
 def launch_columns(
-    x_MK: Tensor, q_KM: Tensor, scale_K1: Tensor, column_bits_K: Tensor, seed: Tensor | None
+    x_MK: Tensor, q_KM: Tensor, scale_K1: Tensor, seed: Tensor | None, num_processors: int
 ) -> None:
-    """Fill `q_KM`, transposed, and `scale_K1`, from the absmax in `column_bits_K`."""
+    """Fill `q_KM`, transposed, whose rows must have room for M rounded up to 16, and `scale_K1`."""
     M, K = x_MK.shape
-    _columns_kernel[(-(-M // COLUMN_BLOCK), -(-K // COLUMN_BLOCK))](
+    blocks_of_M, strips = -(-M // BLOCK_M), -(-K // BLOCK_K)
+    lag = max(blocks_of_M, LAG_PER_PROCESSOR * num_processors)
+    _columns_kernel[(blocks_of_M * strips + lag,)](
         x_MK,
-        q_KM,
+        q_KM.as_strided((K, q_KM.stride(0)), q_KM.stride()).view(torch.int32),
         scale_K1,
-        column_bits_K,
+        x_MK.new_zeros(K + strips + 1, dtype=torch.int32),
         seed,
         M,
         K,
+        lag,
         x_MK.stride(0),
-        q_KM.stride(0),
-        BLOCK=COLUMN_BLOCK,
-        num_warps=8,
+        q_KM.stride(0) // 4,
+        BLOCK_M=BLOCK_M,
+        BLOCK_K=BLOCK_K,
+        num_warps=4,
         enable_fp_fusion=False,
     )
 
@@ -115,10 +94,28 @@ def _uniform(words):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _divide(x, divisor):  # type: ignore[no-untyped-def]
+    """x / divisor, rounded to nearest, where the quotient is 0 or from 2**-20 to 2**20; divisor > 0.
+
+    A product with the reciprocal, corrected once (Markstein 1990, theorem 1): a third of the time of div_rn.
+    Both are made large first where the remainder could underflow.
+    """
+    if INTERPRETED:  # whose fma rounds twice
+        return tl.div_rn(x, divisor)
+    else:  # noqa: RET505 - Triton compiles one branch only if the other is in an else
+        larger = tl.where(divisor < 8.673617379884035e-19, 18446744073709551616.0, 1.0)  # 2**-60, 2**64
+        divisor = divisor * larger
+        x = x * larger
+        reciprocal = tl.div_rn(1.0, divisor)
+        quotient = x * reciprocal
+        return tl.fma(tl.fma(-divisor, quotient, x), reciprocal, quotient)
+
+
+@triton.jit
 def _quantize(x, scale, uniform):  # type: ignore[no-untyped-def]
     """INT8 of x / scale, to nearest or, given uniform numbers, stochastically; 0 for a scale of 0 or NaN."""
     usable = (scale > 0) & (scale < float("inf"))
-    grid = tl.div_rn(x, tl.where(usable, scale, 1.0))
+    grid = _divide(x, tl.where(usable, scale, 1.0))
     if uniform is None:
         rounded = (grid + ROUND) - ROUND
     else:
@@ -132,7 +129,7 @@ def _quantize(x, scale, uniform):  # type: ignore[no-untyped-def]
 def _quantize_row(x, scale, seed_ptr, row, first_col, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     if seed_ptr is None:
         return _quantize(x, scale, None)
-    else:  # noqa: RET505 - Triton compiles one branch only if the other is in an else
+    else:  # noqa: RET505 - as above
         a, b, c, d = _philox(seed_ptr, row, first_col // 4 + tl.arange(0, BLOCK // 4), 0)
         words = tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), (BLOCK,))
         return _quantize(x, scale, _uniform(words))
@@ -140,84 +137,116 @@ def _quantize_row(x, scale, seed_ptr, row, first_col, BLOCK: tl.constexpr):  # t
 
 @triton.jit
 def _rows_kernel(  # type: ignore[no-untyped-def]
-    x_ptr,
-    q_ptr,
-    scale_ptr,
-    column_bits_ptr,
-    seed_ptr,
-    M,
-    K,
-    stride_xm,
-    stride_qm,
-    rows_of_program,
-    WHOLE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    x_ptr, q_ptr, scale_ptr, seed_ptr, K, stride_xm, stride_qm, WHOLE: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Some rows, one after the other, with the maxima of columns collected on the way."""
+    """One row."""
+    row = tl.program_id(0)
     cols = tl.arange(0, BLOCK)
-    if column_bits_ptr is not None:
-        column_bits = tl.zeros((BLOCK,), dtype=tl.int32)
-    first_row = tl.program_id(0) * rows_of_program
-    for row in range(first_row, tl.minimum(first_row + rows_of_program, M)):
-        x_row = x_ptr + tl.cast(row, tl.int64) * stride_xm
-        q_row = q_ptr + tl.cast(row, tl.int64) * stride_qm
-        if WHOLE:
-            x = tl.load(x_row + cols, mask=cols < K, other=0.0).to(tl.float32)
-            bits = _magnitude_bits(x)
-            if column_bits_ptr is not None:
-                column_bits = tl.maximum(column_bits, bits)
-            scale = _scale_of(tl.max(bits, 0))
-            tl.store(q_row + cols, _quantize_row(x, scale, seed_ptr, row, 0, BLOCK), mask=cols < K)
-        else:
-            bits = tl.zeros((BLOCK,), dtype=tl.int32)
-            for first_col in range(0, K, BLOCK):
-                x = tl.load(x_row + first_col + cols, mask=first_col + cols < K, other=0.0).to(tl.float32)
-                bits = tl.maximum(bits, _magnitude_bits(x))
-            scale = _scale_of(tl.max(bits, 0))
-            for first_col in range(0, K, BLOCK):
-                inside = first_col + cols < K
-                x = tl.load(x_row + first_col + cols, mask=inside, other=0.0).to(tl.float32)
-                q = _quantize_row(x, scale, seed_ptr, row, first_col, BLOCK)
-                tl.store(q_row + first_col + cols, q, mask=inside)
-        tl.store(scale_ptr + row, scale)
-    if column_bits_ptr is not None:
-        tl.atomic_max(column_bits_ptr + cols, column_bits, mask=cols < K, sem="relaxed")
-
-
-@triton.jit
-def _column_absmax_kernel(  # type: ignore[no-untyped-def]
-    x_ptr, column_bits_ptr, M, K, stride_xm, rows_of_program, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr
-):
-    """Some rows of a block of columns."""
-    cols = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
-    first_row = tl.program_id(0) * rows_of_program
-    bits = tl.zeros((BLOCK_M, BLOCK_K), dtype=tl.int32)
-    for row in range(first_row, tl.minimum(first_row + rows_of_program, M), BLOCK_M):
-        rows = row + tl.arange(0, BLOCK_M)
-        inside = (rows < M)[:, None] & (cols < K)[None, :]
-        x = tl.load(x_ptr + rows[:, None].to(tl.int64) * stride_xm + cols[None, :], mask=inside, other=0.0)
-        bits = tl.maximum(bits, _magnitude_bits(x.to(tl.float32)))
-    tl.atomic_max(column_bits_ptr + cols, tl.max(bits, 0), mask=cols < K, sem="relaxed")
+    x_row = x_ptr + tl.cast(row, tl.int64) * stride_xm
+    q_row = q_ptr + tl.cast(row, tl.int64) * stride_qm
+    if WHOLE:
+        x = tl.load(x_row + cols, mask=cols < K, other=0.0).to(tl.float32)
+        scale = _scale_of(tl.max(_magnitude_bits(x), 0))
+        tl.store(q_row + cols, _quantize_row(x, scale, seed_ptr, row, 0, BLOCK), mask=cols < K)
+    else:
+        bits = tl.zeros((BLOCK,), dtype=tl.int32)
+        for first_col in range(0, K, BLOCK):
+            x = tl.load(x_row + first_col + cols, mask=first_col + cols < K, other=0.0).to(tl.float32)
+            bits = tl.maximum(bits, _magnitude_bits(x))
+        scale = _scale_of(tl.max(bits, 0))
+        for first_col in range(0, K, BLOCK):
+            inside = first_col + cols < K
+            x = tl.load(x_row + first_col + cols, mask=inside, other=0.0).to(tl.float32)
+            q = _quantize_row(x, scale, seed_ptr, row, first_col, BLOCK)
+            tl.store(q_row + first_col + cols, q, mask=inside)
+    tl.store(scale_ptr + row, scale)
 
 
 @triton.jit
 def _columns_kernel(  # type: ignore[no-untyped-def]
-    x_ptr, q_ptr, scale_ptr, column_bits_ptr, seed_ptr, M, K, stride_xm, stride_qk, BLOCK: tl.constexpr
+    x_ptr,
+    words_ptr,
+    scale_ptr,
+    work_ptr,
+    seed_ptr,
+    M,
+    K,
+    LAG,
+    stride_xm,
+    stride_words,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):
-    """One square block, transposed after quantization, when it is one byte an element."""
-    rows = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    """Maxima of the columns of one block, then the quantization of the block LAG before it.
+
+    `work`, zeros at first, holds the bits of the columns' maxima, for each strip of columns the number of
+    blocks that are in them, and the number of programs that have started. Blocks are counted down a strip,
+    then right, and programs number themselves as they start. So the blocks of the strip that a program waits
+    for belong to programs that run already and wait for nothing before they are done with them: whatever the
+    device runs when, the wait ends. By then the second block is in the L2 cache, if it fits, and memory was
+    read once.
+
+    Four rows are loaded apart and packed into words, as words are transposed without bank conflicts.
+    """
+    blocks_of_M = tl.cdiv(M, BLOCK_M)
+    strips = tl.cdiv(K, BLOCK_K)
+    number = tl.atomic_add(work_ptr + K + strips, 1, sem="relaxed")
+    if number < strips * blocks_of_M:
+        first_row = number % blocks_of_M * BLOCK_M
+        cols = number // blocks_of_M * BLOCK_K + tl.arange(0, BLOCK_K)
+        bits = tl.zeros((BLOCK_M // 4, BLOCK_K), dtype=tl.int32)
+        for part in tl.static_range(4):
+            x = _load_part(x_ptr, first_row + part, cols, M, K, stride_xm, "", BLOCK_M)
+            bits = tl.maximum(bits, _magnitude_bits(x))
+        tl.atomic_max(work_ptr + cols, tl.max(bits, 0), mask=cols < K, sem="relaxed")
+        tl.debug_barrier()  # all of the block's maxima before its count
+        tl.atomic_add(work_ptr + K + number // blocks_of_M, 1, sem="release")
+    if number >= LAG:
+        number -= LAG
+        first_row = number % blocks_of_M * BLOCK_M
+        cols = number // blocks_of_M * BLOCK_K + tl.arange(0, BLOCK_K)
+        x0 = _load_part(x_ptr, first_row, cols, M, K, stride_xm, "evict_first", BLOCK_M)
+        x1 = _load_part(x_ptr, first_row + 1, cols, M, K, stride_xm, "evict_first", BLOCK_M)
+        x2 = _load_part(x_ptr, first_row + 2, cols, M, K, stride_xm, "evict_first", BLOCK_M)
+        x3 = _load_part(x_ptr, first_row + 3, cols, M, K, stride_xm, "evict_first", BLOCK_M)
+        done_ptr = work_ptr + K + number // blocks_of_M
+        done = tl.atomic_add(done_ptr, 0, sem="acquire")
+        while done < blocks_of_M:
+            done = tl.atomic_add(done_ptr, 0, sem="acquire")
+        tl.debug_barrier()
+        scale = _scale_of(tl.load(work_ptr + cols, mask=cols < K, other=0, volatile=True))
+        words = _byte_of_part(x0, scale, seed_ptr, first_row, cols, BLOCK_M, BLOCK_K)
+        words |= _byte_of_part(x1, scale, seed_ptr, first_row + 1, cols, BLOCK_M, BLOCK_K) << 8
+        words |= _byte_of_part(x2, scale, seed_ptr, first_row + 2, cols, BLOCK_M, BLOCK_K) << 16
+        words |= _byte_of_part(x3, scale, seed_ptr, first_row + 3, cols, BLOCK_M, BLOCK_K) << 24
+        down = first_row // 4 + tl.arange(0, BLOCK_M // 4)
+        words_ptrs = words_ptr + cols[:, None].to(tl.int64) * stride_words + down[None, :]
+        tl.store(words_ptrs, tl.trans(words), mask=(cols < K)[:, None] & (down * 4 < M)[None, :])
+        if first_row == 0:
+            tl.store(scale_ptr + cols, scale, mask=cols < K)
+
+
+@triton.jit
+def _load_part(  # type: ignore[no-untyped-def]
+    x_ptr, first_row, cols, M, K, stride_xm, eviction: tl.constexpr, BLOCK_M: tl.constexpr
+):
+    """Every fourth row of a block, in float32; zeros outside the matrix."""
+    rows = first_row + tl.arange(0, BLOCK_M // 4) * 4
+    ptrs = x_ptr + rows[:, None].to(tl.int64) * stride_xm + cols[None, :]
     inside = (rows < M)[:, None] & (cols < K)[None, :]
-    x = tl.load(x_ptr + rows[:, None].to(tl.int64) * stride_xm + cols[None, :], mask=inside, other=0.0)
-    scale = _scale_of(tl.load(column_bits_ptr + cols, mask=cols < K, other=0))
+    return tl.load(ptrs, mask=inside, other=0.0, eviction_policy=eviction).to(tl.float32)
+
+
+@triton.jit
+def _byte_of_part(  # type: ignore[no-untyped-def]
+    x, scale, seed_ptr, first_row, cols, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr
+):
+    """INT8 of every fourth row, in the lowest byte of a word."""
     if seed_ptr is None:
-        q = _quantize(x.to(tl.float32), scale[None, :], None)
-    else:
-        quad = tl.program_id(1) * (BLOCK // 4) + tl.arange(0, BLOCK // 4)
+        return _quantize(x, scale[None, :], None).to(tl.int32) & 255
+    else:  # noqa: RET505 - as above
+        rows = first_row + tl.arange(0, BLOCK_M // 4) * 4
+        quad = tl.min(cols, 0) // 4 + tl.arange(0, BLOCK_K // 4)
         a, b, c, d = _philox(seed_ptr, rows[:, None], quad[None, :], 1)
-        words = tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), (BLOCK, BLOCK))
-        q = _quantize(x.to(tl.float32), scale[None, :], _uniform(words))
-    q_ptrs = q_ptr + cols[:, None].to(tl.int64) * stride_qk + rows[None, :]
-    tl.store(q_ptrs, tl.trans(q), mask=(cols < K)[:, None] & (rows < M)[None, :])
-    if tl.program_id(0) == 0:
-        tl.store(scale_ptr + cols, scale, mask=cols < K)
+        noise = tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), (BLOCK_M // 4, BLOCK_K))
+        return _quantize(x, scale[None, :], _uniform(noise)).to(tl.int32) & 255

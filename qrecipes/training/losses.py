@@ -38,6 +38,11 @@ def cross_entropy_sum(logits: Tensor, targets: Tensor, label_smoothing: float = 
     )
 
 
+def shows_head(model: Any) -> bool:
+    """Whether a model is a torchtune decoder, whose head can be applied by others."""
+    return all(hasattr(model, name) for name in ("unembed", "norm", "output"))
+
+
 @contextmanager
 def in_place_of_logits(model: Any, compute: Callable[[Tensor, Head], Any]) -> Iterator[None]:
     """Within, a torchtune decoder returns `compute(hidden, head)` where it would return logits.
@@ -48,7 +53,7 @@ def in_place_of_logits(model: Any, compute: Callable[[Tensor, Head], Any]) -> It
     Raises:
         ConfigError: if the model is no torchtune decoder.
     """
-    if not (hasattr(model, "unembed") and hasattr(model, "norm") and hasattr(model, "output")):
+    if not shows_head(model):
         raise ConfigError(
             f"task.loss: {type(model).__name__} does not show its head; only torchtune's decoders compute "
             'the loss without whole logits; set task.loss = "plain"'

@@ -18,6 +18,7 @@ from qrecipes.training.losses import (
     cross_entropy_sum,
     in_place_of_logits,
     liger_cross_entropy,
+    shows_head,
 )
 from qrecipes.training.masks import document_mask
 
@@ -80,10 +81,13 @@ class Task:
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Cross-entropy summed over the targets of a batch on the model's device, a float32 scalar."""
         smoothing = self.label_smoothing if model.training else 0.0
-        if self.kind == "classification" or self.section.loss == "plain":
+        plain = self.kind == "classification" or self.section.loss == "plain"
+        if plain and not shows_head(model):
             return self._cross_entropy(_forward(model, batch), batch.targets, smoothing)
 
         def compute(hidden: Tensor, head: Head) -> Tensor:
+            if plain:  # here rather than on the model's output, which torchtune converts to float32
+                return self._cross_entropy(head(hidden), batch.targets, smoothing)
             if self.section.loss == "liger":
                 return liger_cross_entropy(hidden, batch.targets, head, label_smoothing=smoothing)
             return chunked_cross_entropy(

@@ -12,8 +12,9 @@ slice along the contraction:
 SwitchBack (arXiv 2304.13013) keeps grad_weight in high precision, Jetfire (arXiv 2403.12422) does not; here
 each product has a switch.
 
-A tensor that enters two products is quantized for both at once: the gradient of the output along its rows and
-its columns, and the input too where its INT8 form is kept for the backward pass.
+Under `torch.compile` layers that read one input share its INT8 forms, as the compiler merges equal operators
+(with stochastic rounding each draws its own). Rows are quantized in the kernel that makes them, and its
+partitioner keeps the INT8 of an input for the backward pass where that saves memory.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from torch import Tensor, nn
 
 from qrecipes.errors import ConfigError
 from qrecipes.quant.int8_matmul import scaled_int8_mm
-from qrecipes.quant.int8_quantize import quantize_both, quantize_columns, quantize_rows
+from qrecipes.quant.int8_quantize import quantize_columns, quantize_rows
 from qrecipes.transforms.base import Bounds, LinearTransform, TransformConfig, register
 
 AnyLinear = TypeVar("AnyLinear", bound=nn.Linear)
@@ -205,11 +206,6 @@ def _quantize(
     matrix: Tensor, rows: bool, columns: bool, stochastic_rounding: bool
 ) -> tuple[Quantized | None, Quantized | None]:
     """INT8 by rows and, transposed, by columns, each None where it is not wanted."""
-    if rows and columns:
-        q, scale, q_transposed, scale_of_columns = quantize_both(
-            matrix, stochastic_rounding=stochastic_rounding
-        )
-        return (q, scale), (q_transposed, scale_of_columns)
     by_rows = quantize_rows(matrix, stochastic_rounding=stochastic_rounding) if rows else None
     by_columns = quantize_columns(matrix, stochastic_rounding=stochastic_rounding) if columns else None
     return by_rows, by_columns

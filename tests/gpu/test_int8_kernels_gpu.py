@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from qrecipes.quant import int8_matmul, int8_tune
+from qrecipes.quant import int8_quantize_kernels as kernels
 from qrecipes.quant.int8_matmul import (
     INT32_SAFE_K,
     scaled_int8_mm,
@@ -22,12 +23,9 @@ from qrecipes.quant.int8_matmul import (
     tune,
 )
 from qrecipes.quant.int8_quantize import (
-    quantize_both,
-    quantize_both_triton,
     quantize_columns,
     quantize_columns_triton,
     quantize_rows,
-    quantize_rows_triton,
 )
 from qrecipes.quant.int8_tiles import TMA_TILES, tma_shared_bytes
 from qrecipes.quant.primitives import quantize_int8
@@ -144,13 +142,12 @@ def test_quantization_equals_quantize_int8_bit_for_bit(shape, dtype):
         columns = (q.t().cuda(), scale.t().cuda())
         same(quantize_rows(matrix), rows)
         same(quantize_columns(matrix), columns)
-        same(quantize_both(matrix), rows + columns)
 
 
 def test_what_is_not_finite_shows_in_its_scale_alone():
     x = torch.randn(300, 200, device="cuda", dtype=torch.bfloat16)
     x[3, 5], x[7, 9] = float("nan"), float("-inf")
-    _, rows, _, columns = quantize_both(x)
+    rows, columns = quantize_rows(x)[1], quantize_columns(x)[1]
     assert (~torch.isfinite(rows)).nonzero()[:, 0].tolist() == [3, 7]
     assert (~torch.isfinite(columns)).nonzero()[:, 0].tolist() == [5, 9]
 
@@ -169,12 +166,46 @@ def test_stochastic_rounding_is_unbiased_repeats_and_keeps_integers():
         assert (q.reshape(draws, 8)[:, [0, 5, 6, 7]] == units[[0, 5, 6, 7]]).all()
 
 
-def test_noise_is_the_same_from_every_kernel():
-    """The kernels' noise depends on seed, row and column alone, not on blocks or the order of programs."""
-    x, seed = torch.randn(300, 400, device="cuda"), torch.tensor(1234, device="cuda")
-    q_MK, _, q_KM, _ = quantize_both_triton(x, seed)
-    assert torch.equal(quantize_rows_triton(x, seed)[0], q_MK)
-    assert torch.equal(quantize_columns_triton(x, seed)[0], q_KM)
+@pytest.mark.parametrize("seed", [None, 1234])
+@pytest.mark.parametrize("lag_per_processor", [0, 1, 20])
+def test_columns_do_not_depend_on_the_lag(seed, lag_per_processor, monkeypatch):
+    """The noise neither: it comes from seed, row and column alone, not from the order of programs."""
+    x = torch.randn(3000, 4000, device="cuda", dtype=torch.bfloat16)
+    noise = None if seed is None else torch.tensor(seed, device="cuda")
+    wanted = quantize_columns_triton(x, noise)
+    monkeypatch.setattr(kernels, "LAG_PER_PROCESSOR", lag_per_processor)
+    same_values(quantize_columns_triton(x, noise), wanted)
+
+
+def test_columns_finish_beside_other_kernels():
+    """Programs wait for each other: they must not starve where another stream holds processors."""
+    x, busy = torch.randn(16_448, 1408, device="cuda").bfloat16(), torch.randn(4096, 4096, device="cuda")
+    wanted = quantize_columns(x)
+    side = torch.cuda.Stream()
+    for _ in range(20):
+        with torch.cuda.stream(side):
+            for _ in range(5):
+                busy = torch.tanh(busy @ busy)
+        found = quantize_columns(x)
+    torch.cuda.synchronize()
+    same_values(found, wanted)
+
+
+@pytest.mark.parametrize("exponent", [-149, -126, -100, -67, -60, -54, -53, 0, 60, 120])
+def test_quotients_are_rounded_to_nearest_whatever_the_scale(exponent):
+    generator = torch.Generator().manual_seed(exponent)
+    grid = torch.randint(-254, 255, (512, 128), generator=generator) / 2  # halves: ties must go to even
+    noise = torch.randn(512, 128, generator=generator) * 2.0**-22
+    x = ((grid + noise) * 1.37).double() * 2.0**exponent
+    x = torch.cat([x, torch.full((1, 128), 127 * 1.37 * 2.0**exponent, dtype=torch.float64)]).float()
+    same_values(quantize_rows(x.cuda()), [t.cuda() for t in quantize_int8(x, 1)])
+    q, scale = quantize_int8(x, 0)
+    same_values(quantize_columns(x.cuda()), [q.t().cuda(), scale.t().cuda()])
+
+
+def same_values(found, wanted) -> None:
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (70, 300, 1000), (513, 1408, 2048)])

@@ -1,0 +1,288 @@
+"""Training steps of whole models: bf16, INT8 in every variant, and torchao's float8 and INT8, in one run.
+
+    tools/bench_step.py [--shapes 8b 1b vit] [--cases NAME ...] [--output FILE.json] [--profile]
+
+Shapes: `8b` is 4 layers of Llama 3 8B's with 4 x 2048 tokens, `1b` 8 layers of Llama 3.2 1B's with 8 x 2048,
+both with a vocabulary of 32,000; `vit` is ViT-g/14 of DINOv2 with 64 images of 224 pixels, 257 tokens each.
+Weights are random and bfloat16, blocks compiled one by one, AdamW fused; a step is forward, backward and
+update, and the last layer is left alone in every case. Each case is a process of its own, since a graph keeps
+its memory.
+
+Medians of the steps after the warm-up. Peak memory is the CUDA allocator's, of these steps. `graphs` counts
+those that Dynamo compiled after the third step: recompilations. With --profile the kernels of one more step
+are listed, and how long the GPU had nothing to do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qrecipes.config.run import ModelSection, OptimSection, ParallelSection, TaskSection
+from qrecipes.data import Batch
+from qrecipes.models.build import build
+from qrecipes.models.view import ModelView
+from qrecipes.parallel.apply import parallelize
+from qrecipes.parallel.process import Process, pick_device
+from qrecipes.training.metrics import environment
+from qrecipes.training.optim import build_optimizer
+from qrecipes.training.task import Task
+from qrecipes.transforms import REGISTRY
+from qrecipes.transforms.chain import Chain
+
+VOCABULARY, CLASSES = 32_000, 45
+WARMUP = 4
+Change = Callable[[nn.Module], nn.Module]
+"""What makes a case of a bfloat16 model."""
+
+
+def llama(layers: int, width: int, heads: int, kv_heads: int, hidden: int) -> ModelSection:
+    """A Llama of torchtune with the small vocabulary."""
+    sizes: dict[str, Any] = {"num_layers": layers, "embed_dim": width, "intermediate_dim": hidden}
+    sizes |= {"num_heads": heads, "num_kv_heads": kv_heads, "vocab_size": VOCABULARY, "max_seq_len": 2048}
+    return ModelSection(source="torchtune:llama3.llama3", args=sizes, dtype="bfloat16")
+
+
+SHAPES: dict[str, tuple[ModelSection, tuple[int, ...]]] = {
+    "8b": (llama(4, 4096, 32, 8, 14336), (4, 2048)),
+    "1b": (llama(8, 2048, 32, 8, 8192), (8, 2048)),
+    "vit": (
+        ModelSection(
+            source="timm:vit_giant_patch14_dinov2",
+            args={"img_size": 224, "num_classes": CLASSES},
+            dtype="bfloat16",
+        ),
+        (64, 3, 224, 224),
+    ),
+    "tiny": (llama(2, 64, 4, 2, 128), (2, 64)),
+}
+"""Models, and sizes of a batch: sequences of tokens, or images. `tiny` shows on a CPU that the tool works."""
+
+
+def ours(name: str, **settings: Any) -> Change:
+    """A registered method with these settings."""
+
+    def change(model: nn.Module) -> nn.Module:
+        return Chain([REGISTRY[name](REGISTRY[name].Config(**settings))]).swap(model)
+
+    return change
+
+
+def float8(recipe: str) -> Change:
+    """torchao's float8 training of the blocks."""
+
+    def change(model: nn.Module) -> nn.Module:
+        from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+
+        for block in ModelView.of(model).blocks:
+            convert_to_float8_training(block, config=Float8LinearConfig.from_recipe_name(recipe))
+        return model
+
+    return change
+
+
+def torchao_int8(**settings: Any) -> Change:
+    """torchao's INT8 mixed precision of the blocks."""
+
+    def change(model: nn.Module) -> nn.Module:
+        from torchao.prototype.quantized_training import int8_mixed_precision_training
+        from torchao.quantization import quantize_
+
+        for block in ModelView.of(model).blocks:
+            quantize_(block, int8_mixed_precision_training(**settings))
+        return model
+
+    return change
+
+
+def ladder() -> dict[str, Change]:
+    """Which products are in INT8, with and without stochastic rounding."""
+    steps = {
+        "output": {"grad_input": False, "grad_weight": False},
+        "output, grad_input": {"grad_weight": False},
+        "all three": {},
+    }
+    found = {}
+    for title, off in steps.items():
+        found[f"INT8 {title}"] = ours("int8_mixed_precision", **off)
+        found[f"INT8 {title}, stochastic"] = ours("int8_mixed_precision", stochastic_rounding=True, **off)
+    return found
+
+
+CASES: dict[str, Change] = {
+    "bf16": lambda model: model,
+    **ladder(),
+    "INT8 all three, INT8 inputs kept": ours("int8_mixed_precision", save_int8_input=True),
+    "torchao float8 tensorwise": float8("tensorwise"),
+    "torchao float8 rowwise": float8("rowwise"),
+    "torchao INT8": torchao_int8(),
+    "torchao INT8, module_swap": torchao_int8(module_swap=True),
+}
+
+
+def main() -> int:
+    """Measure every case of every shape, and print the table last."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["8b", "1b", "vit"])
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="NAME")
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--timeout", type=float, default=240, help="seconds for one case")
+    parser.add_argument(
+        "--prepare", type=int, default=0, metavar="N", help="first compile all cases, N at a time, untimed"
+    )
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        print("RESULT", json.dumps(measure(args.shapes[0], args.cases[0], args.steps, args.profile)))
+        return 0
+    chosen = [(shape, case) for shape in args.shapes for case in args.cases]
+    if args.prepare:
+        with ThreadPoolExecutor(args.prepare) as pool:
+            list(pool.map(lambda pair: in_own_process(pair[0], pair[1], 0, args.timeout), chosen))
+    results = []
+    for shape, case in chosen:
+        found = in_own_process(shape, case, args.steps, args.timeout, args.profile)
+        results.append({"shape": shape, "case": case} | found)
+        if args.output:
+            process = Process(0, 1, pick_device("auto"), None)
+            written = {"results": results, "environment": environment(process)}
+            args.output.write_text(json.dumps(written, indent=1) + "\n")
+    print(table(results))
+    return int(any("failed" in result for result in results))
+
+
+def in_own_process(
+    shape: str, case: str, steps: int, timeout: float, profile: bool = False
+) -> dict[str, Any]:
+    """What a worker found, or how it failed."""
+    command = [sys.executable, __file__, "--worker", "--shapes", shape, "--cases", case]
+    command += ["--steps", str(steps), *(["--profile"] if profile else [])]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
+    except subprocess.TimeoutExpired:
+        return {"failed": f"took longer than {timeout:.0f} s"}
+    found = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    print("\n".join(line for line in done.stdout.splitlines() if line not in found), end="", flush=True)
+    if done.returncode or not found:
+        return {"failed": done.stderr[-1500:] or "no result"}
+    return json.loads(found[0].removeprefix("RESULT "))
+
+
+def measure(shape: str, case: str, steps: int, profile: bool) -> dict[str, Any]:
+    """Build, change and train one model in this process."""
+    section, size = SHAPES[shape]
+    device = pick_device("auto")
+    torch.manual_seed(0)
+    model = build(section, dtype=torch.bfloat16, device=device)
+    model = CASES[case](model)
+    model = parallelize(model, ParallelSection(compile=True), Process(0, 1, device, None)).train()
+    optimizer = build_optimizer(Chain().param_groups(model), OptimSection(lr=1e-5))
+    batch = random_batch(size, device)
+    learnt = TaskSection() if len(size) == 2 else TaskSection(kind="classification")
+    task, units = Task(learnt, compile=True), batch.targets.numel()
+
+    def step() -> Tensor:
+        loss = task.loss(model, batch) / units
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.detach()
+
+    times, losses, graphs = [], [], 0
+    for i in range(WARMUP + steps):
+        if i == WARMUP and device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        if i == 3:
+            graphs = compiled_graphs()
+        start = time.perf_counter()
+        loss = step()
+        losses.append(loss.item())  # waits for the device, but for the update
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    graphs = compiled_graphs() - graphs
+    seconds = statistics.median(times[WARMUP:] or times)
+    peak = round(torch.cuda.max_memory_allocated() / 1e9, 3) if device.type == "cuda" else None
+    if profile:
+        print_profile(step)
+    return {
+        "step_ms": round(1e3 * seconds, 2),
+        "per_s": round(units / seconds, 1),
+        "peak_memory_gb": peak,
+        "graphs_after_step_3": graphs,
+        "first_loss": losses[0],
+        "last_loss": losses[-1],
+    }
+
+
+def random_batch(size: tuple[int, ...], device: torch.device) -> Batch:
+    """Random tokens and the next ones, or random images and their classes."""
+    if len(size) == 2:
+        tokens = torch.randint(VOCABULARY, (size[0], size[1] + 1), device=device)
+        return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
+    images = torch.randn(size, device=device, dtype=torch.bfloat16)
+    return Batch(images, torch.randint(CLASSES, size[:1], device=device))
+
+
+def compiled_graphs() -> int:
+    """How many graphs Dynamo has compiled."""
+    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+
+
+def print_profile(step: Callable[[], Tensor]) -> None:
+    """Kernels of one step by time, and the time in which none ran."""
+    activities = [torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities) as found:
+        step()
+        torch.cuda.synchronize()
+    kernels = [e for e in found.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    spans = sorted((e.time_range.start, e.time_range.end, e.name) for e in kernels)
+    idle, end, gaps = 0.0, spans[0][0], []
+    for start, stop, name in spans:
+        if start > end:
+            idle += start - end
+            gaps.append((start - end, name))
+        end = max(end, stop)
+    total: dict[str, tuple[int, float]] = {}
+    for start, stop, name in spans:
+        count, microseconds = total.get(name, (0, 0.0))
+        total[name] = count + 1, microseconds + stop - start
+    print(f"\n{(end - spans[0][0]) / 1e3:9.3f} ms from first to last kernel, {idle / 1e3:.3f} of them idle")
+    for gap, name in sorted(gaps, reverse=True)[:8]:
+        print(f"{gap / 1e3:9.3f} ms idle before {name[:90]}")
+    for name, (count, microseconds) in sorted(total.items(), key=lambda item: -item[1][1])[:40]:
+        print(f"{microseconds / 1e3:9.3f} ms {count:5} x {name[:100]}")
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """Times, in brackets how many times as fast as bf16, and memory."""
+    lines = [f"{'shape':6}{'case':38}{'step ms':>9}{'per s':>12}{'x bf16':>8}{'peak GB':>9}{'graphs':>8}"]
+    base = {r["shape"]: r["step_ms"] for r in results if r["case"] == "bf16" and "step_ms" in r}
+    for r in results:
+        if "failed" in r:
+            lines.append(f"{r['shape']:6}{r['case']:38} failed: {r['failed'].strip().splitlines()[-1][:120]}")
+            continue
+        ratio = base.get(r["shape"], float("nan")) / r["step_ms"]
+        memory = r["peak_memory_gb"] or float("nan")
+        lines.append(
+            f"{r['shape']:6}{r['case']:38}{r['step_ms']:9.2f}{r['per_s']:12,.0f}{ratio:8.3f}"
+            f"{memory:9.2f}{r['graphs_after_step_3']:8}"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
