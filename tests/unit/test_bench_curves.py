@@ -253,6 +253,7 @@ def test_gpus_are_those_that_are_visible(bench, monkeypatch):
 FAKE_TRAINING = """
 import json, os, sys, pathlib
 arguments = dict(text.split("=", 1) for text in sys.argv[1:] if "=" in text)
+open(arguments["count"], "a").write("x")
 if arguments.get("die") == arguments["seed"]:
     sys.exit("error: it died")
 folder = pathlib.Path(arguments["output"])
@@ -265,7 +266,6 @@ rows.append({"step": 1, "val_loss": loss})
 (folder / "receipt.json").write_text(json.dumps({"summary": "as built"}))
 device = arguments.get("device", "cpu")
 (folder / "environment.json").write_text(json.dumps({"command": ["x"], "device": device}))
-open(arguments["count"], "a").write("x")
 """
 
 
@@ -311,21 +311,21 @@ def test_a_failed_run_is_reported_and_the_others_go_on(tmp_path, bench, fake, ca
 def test_resuming_runs_only_what_is_missing_failed_or_changed(tmp_path, bench, fake):
     plan = write_plan(tmp_path, 'title = "a"', 'title = "b"\noverrides = ["die=1"]', head="seeds = [0, 1]")
     assert bench.main([str(plan)]) == 1
-    assert len(fake.read_text()) == 3
+    assert len(fake.read_text()) == 4
     plan = write_plan(tmp_path, 'title = "a"', 'title = "b"\noverrides = ["die=1"]', head="seeds = [0, 1, 2]")
     bench.main([str(plan), "--resume"])
-    assert len(fake.read_text()) == 5  # a and b with seed 2; b died again with seed 1
+    assert len(fake.read_text()) == 7  # a and b with seed 2; b died again with seed 1
     plan = write_plan(
         tmp_path, 'title = "a"', 'title = "b"\noverrides = ["more=1"]', head="seeds = [0, 1, 2]"
     )
     assert bench.main([str(plan), "--resume"]) == 0
-    assert len(fake.read_text()) == 8  # b alone
+    assert len(fake.read_text()) == 10  # b alone
     before = (tmp_path / "plan.json").read_bytes()
     assert bench.main([str(plan), "--resume"]) == 0
-    assert len(fake.read_text()) == 8
+    assert len(fake.read_text()) == 10
     assert (tmp_path / "plan.json").read_bytes() == before
     assert bench.main([str(plan)]) == 0
-    assert len(fake.read_text()) == 14
+    assert len(fake.read_text()) == 16
 
 
 def test_seeds_of_the_command_line_replace_those_of_the_plan(tmp_path, bench, fake):
@@ -354,7 +354,9 @@ def test_a_metric_that_no_run_has_is_refused_with_those_it_has(tmp_path, bench, 
     assert run["failed"] == "it measured no 'accuracy'; set the plan's metric to one of step, val_loss, loss"
 
 
-SLEEPER = [sys.executable, "-c", "import subprocess as s; s.run(['sleep', '60'])"]
+NAP = f"60.{os.getpid()}"
+"""Seconds to sleep, by which no other process is mistaken for ours."""
+SLEEPER = [sys.executable, "-c", f"import subprocess as s; s.run(['sleep', '{NAP}'])"]
 """A process with a child of its own."""
 
 
@@ -366,19 +368,15 @@ def test_a_run_that_takes_too_long_ends_with_its_children(tmp_path, bench):
 
 
 def sleeping_children() -> list[str]:
-    """Processes named `sleep` that a SLEEPER of this session left."""
+    """The children that SLEEPERs of these tests left."""
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
-            if path.read_bytes() == b"sleep\x0060\x00" and session(path) == os.getsid(0):
+            if path.read_bytes() == f"sleep\0{NAP}\0".encode():
                 found.append(str(path))
         except (FileNotFoundError, ProcessLookupError):
             continue  # it has just ended
     return found
-
-
-def session(path: Path) -> int:
-    return os.getsid(int(path.parent.name))
 
 
 def test_sigterm_ends_the_runs_and_keeps_what_was_found(tmp_path):
