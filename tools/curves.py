@@ -68,7 +68,7 @@ def summarize(plan: Mapping[str, Any], runs: Sequence[Run]) -> list[dict[str, An
     the baseline's run of the same seed, which cancels what the seed does to both.
 
     A goal is reached where the case is worse than the baseline by at most `goal_percent`, on average over the
-    seeds; whether worse is above or below, the plan's `better` says.
+    seeds; whether worse is above or below, the plan's `better` says. Without a difference it is None.
     """
     metric, worse = plan["metric"], 1 if plan["better"] == "lower" else -1
     base = finals(of_case(runs, plan["baseline"]), metric)
@@ -90,7 +90,7 @@ def summarize(plan: Mapping[str, Any], runs: Sequence[Run]) -> list[dict[str, An
             entry |= {"difference_percent": mean, "difference_spread": spread, "differences_percent": apart}
             if case.get("goal_percent") is not None:
                 goal = case["goal_percent"]
-                entry |= {"goal_percent": goal, "reached": mean is not None and worse * mean <= goal}
+                entry |= {"goal_percent": goal, "reached": None if mean is None else worse * mean <= goal}
         summary.append(entry)
     return summary
 
@@ -115,7 +115,7 @@ def table(metric: str, baseline: str, summary: Sequence[Mapping[str, Any]]) -> s
             cells.append(_cell(entry["difference_spread"], 9, ".3f"))
             cells.append(f"{' '.join(f'{v:+.3f}' for v in entry['differences_percent'].values()):>26}")
         if "goal_percent" in entry:
-            verdict = "reached" if entry["reached"] else "MISSED"
+            verdict = {True: "reached", False: "MISSED", None: "not measured"}[entry["reached"]]
             cells.append(f"{entry['goal_percent']:7.2f} {verdict}")
         if entry["failed"]:
             cells.append(f"   {entry['failed']} failed")
