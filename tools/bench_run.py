@@ -18,9 +18,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import tomli
+
+PROGRAM = (sys.executable, "-m", "qrecipes.cli.main")
+QUIET = "log.progress=false"
 
 
 def main() -> int:
@@ -41,18 +45,26 @@ def main() -> int:
     return int(any("failed" in result for result in results))
 
 
+def train_command(
+    config: str, overrides: Sequence[str], folder: Path | None = None, flags: Sequence[str] = ()
+) -> list[str]:
+    """The command that trains into `folder`, silently, with torchrun `flags`."""
+    command = [*PROGRAM, "run", *flags, "train", "--config", config, *overrides]
+    return command if folder is None else [*command, f"output={folder}", QUIET]
+
+
+def shown(command: Sequence[str]) -> str:
+    """A `train_command` as one would type it, without the temporary folder."""
+    arguments = command[len(PROGRAM) : -2 if command[-1] == QUIET else None]
+    return "qrecipes " + shlex.join(arguments)
+
+
 def run_case(case: dict, timeout: float) -> dict:
     """Train one case in its own process, so that no graph or memory of another is counted."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "qrecipes.cli.main", "run", *case.get("flags", []), "train"]
-        command += [
-            "--config",
-            case["config"],
-            *case.get("overrides", []),
-            f"output={folder}",
-            "log.progress=false",
-        ]
-        result = {"title": case["title"], "command": "qrecipes " + shlex.join(command[3:-2])}
+        flags = case.get("flags", [])
+        command = train_command(case["config"], case.get("overrides", []), Path(folder), flags)
+        result = {"title": case["title"], "command": shown(command)}
         start = time.monotonic()
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)

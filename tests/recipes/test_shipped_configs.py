@@ -76,3 +76,10 @@ def test_first_line_is_the_command_that_runs_it(name):
     assert first.startswith("# run: qrecipes run ")
     assert f"--config {name}" in first
     assert second.startswith("# ")
+
+
+def test_the_60m_llama_has_the_size_of_the_literature():
+    """Width 512, 8 layers, hidden 1376, an embedding and an untied head of 32,000: by hand 58,073,600."""
+    model = build(parse.load("llm/pretrain_llama_60m").model, dtype=torch.bfloat16, device="meta")
+    block = 4 * 512 * 512 + 3 * 512 * 1376 + 2 * 512
+    assert sum(p.numel() for p in model.parameters()) == 2 * 32_000 * 512 + 8 * block + 512 == 58_073_600

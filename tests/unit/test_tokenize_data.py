@@ -683,7 +683,7 @@ def test_the_tool_tokenizes_reports_and_verifies(tmp_path, tool, capsys):
 
 def test_an_unknown_config_lists_the_known(tool):
     with pytest.raises(
-        ConfigError, match="neither a file nor one of c4, fineweb_edu, local, slimpajama, tiny"
+        ConfigError, match="neither a file nor one of books, c4, fineweb_edu, local, slimpajama, tiny"
     ):
         tool.main(["--config", "pile"])
 

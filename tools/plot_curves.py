@@ -1,0 +1,151 @@
+"""Draw the curves that tools/bench_curves.py measured, and how far each case is from the baseline, as an SVG.
+
+    tools/plot_curves.py CURVES.json [--output CURVES.svg] [--from-step STEP] [--cases TITLE ...]
+
+Above, the metric of every case: its mean over the seeds, and a band from the least to the largest. Below, the
+difference from the baseline's run of the same seed in percent, likewise; dotted lines are the goals. The same
+JSON gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import matplotlib as mpl
+from curves import Run, differences, of_case, values
+
+from qrecipes.cli.report import run_main
+from qrecipes.errors import ConfigError
+
+COLOURS = ("#000000", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f")
+"""Of Okabe and Ito, which those who see colours differently tell apart, too; the first is the baseline's."""
+STYLE = {
+    "svg.hashsalt": "curves",  # else the names of clip paths are random
+    "svg.fonttype": "none",
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#e5e5e5",
+    "axes.axisbelow": True,
+}
+Band = dict[int, list[float]]
+"""By step, a value for each seed."""
+
+
+def main(argv: list[str]) -> int:
+    """Draw the picture."""
+    parser = argparse.ArgumentParser(
+        prog="tools/plot_curves.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("curves", type=Path)
+    parser.add_argument("--output", type=Path, help="default: CURVES with the suffix .svg")
+    parser.add_argument(
+        "--from-step", type=int, default=1, metavar="STEP", help="leave out what comes before"
+    )
+    parser.add_argument("--cases", nargs="+", metavar="TITLE", help="these, and the baseline")
+    args = parser.parse_args(argv)
+    output = args.output or args.curves.with_suffix(".svg")
+    draw(json.loads(args.curves.read_text()), output, args.from_step, args.cases)
+    print(output)
+    return 0
+
+
+def draw(
+    document: Mapping[str, Any], output: Path, from_step: int = 1, only: Sequence[str] | None = None
+) -> None:
+    """Write the picture of a JSON of tools/bench_curves.py.
+
+    Raises:
+        ConfigError: if there is no such case, or none with a run to draw.
+    """
+    from matplotlib.figure import Figure
+
+    plan = document["plan"]
+    cases = _chosen(plan, only)
+    bands = {
+        case["title"]: absolute(of_case(document["runs"], case["title"]), plan["metric"]) for case in cases
+    }
+    if not any(bands.values()):
+        raise ConfigError(f"{plan['baseline']}: no run to draw, every one failed; see their `failed`")
+    base = of_case(document["runs"], plan["baseline"])
+    colours = dict(zip(bands, COLOURS * len(bands), strict=False))
+    with mpl.rc_context({**mpl.rcParamsDefault, **STYLE, "backend": "svg"}):
+        figure = Figure(figsize=(7.5, 7.5), layout="constrained")
+        above, below = figure.subplots(2, 1, sharex=True)
+        for case in cases:
+            title, colour = case["title"], colours[case["title"]]
+            _band(above, bands[title], from_step, colour, title)
+            if title == plan["baseline"]:
+                below.axhline(0, color=colour, linewidth=1)
+                continue
+            own = of_case(document["runs"], title)
+            _band(below, relative(own, base, plan["metric"]), from_step, colour, None)
+            if case.get("goal_percent") is not None:
+                worse = 1 if plan["better"] == "lower" else -1
+                below.axhline(worse * case["goal_percent"], color=colour, linewidth=1, linestyle=":")
+        above.set_ylabel(plan["metric"])
+        below.set_ylabel(f"% of {plan['baseline']}, same seed")
+        below.set_xlabel("step")
+        seeds = len(plan["seeds"])
+        device = (document["environment"] or {}).get("device", "")
+        above.set_title(f"{plan['config']}, {seeds} seed{'s' * (seeds != 1)}, {device}", fontsize=9)
+        above.legend(frameon=False)
+        # without the date, and without the version of who drew it, the same data gives the same file
+        figure.savefig(output, format="svg", metadata={"Date": None, "Creator": None})
+
+
+def absolute(runs: Sequence[Run], metric: str) -> Band:
+    """The metric of the runs that did not fail, by step."""
+    return _gathered(values(run, metric) for run in runs if "failed" not in run)
+
+
+def relative(runs: Sequence[Run], base: Sequence[Run], metric: str) -> Band:
+    """The difference in percent, by step, of each run from the baseline's of the same seed."""
+    of_seed = {run["seed"]: values(run, metric) for run in base if "failed" not in run}
+    return _gathered(
+        differences(values(run, metric), of_seed[run["seed"]])
+        for run in runs
+        if "failed" not in run and run["seed"] in of_seed
+    )
+
+
+def _gathered(curves: Any) -> Band:
+    band: Band = {}
+    for curve in curves:
+        for step, value in curve.items():
+            band.setdefault(step, []).append(value)
+    return dict(sorted(band.items()))
+
+
+def _band(axes: Any, band: Band, from_step: int, colour: str, label: str | None) -> None:
+    """A line through the means, and a band from the least to the largest."""
+    shown = {step: found for step, found in band.items() if step >= from_step}
+    if not shown:
+        return
+    steps = list(shown)
+    axes.plot(steps, [fmean(found) for found in shown.values()], color=colour, linewidth=1.4, label=label)
+    least, largest = ([pick(found) for found in shown.values()] for pick in (min, max))
+    axes.fill_between(steps, least, largest, color=colour, alpha=0.15, linewidth=0)
+
+
+def _chosen(plan: Mapping[str, Any], only: Sequence[str] | None) -> list[Mapping[str, Any]]:
+    """The cases to draw, the baseline first."""
+    titles = [case["title"] for case in plan["case"]]
+    for title in only or ():
+        if title not in titles:
+            raise ConfigError(f"--cases: {title!r} is no case; write some of {', '.join(map(repr, titles))}")
+    wanted = {plan["baseline"], *(only or titles)}
+    chosen = [case for case in plan["case"] if case["title"] in wanted]
+    return sorted(chosen, key=lambda case: case["title"] != plan["baseline"])
+
+
+if __name__ == "__main__":
+    run_main(main)
