@@ -7,6 +7,7 @@ updates; and has neither a state by parameter nor a way to take over weights tha
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -18,6 +19,10 @@ from torch.optim import Optimizer
 
 from qrecipes.training.in_backward import Construct
 from qrecipes.training.optimizer_verbs import GradientTap
+
+MOST_LEAVING = 2
+"""Gradients on their way to the CPU. The backward pass is queued faster than it runs: without a limit every
+gradient would be allocated before the first has left."""
 
 
 class Offloaded(Optimizer):
@@ -42,7 +47,15 @@ class Offloaded(Optimizer):
         self._hosts = {p: _Host.of(p, group, construct) for p, group in owned}
         self._copies = _Copies(owned[0][0].device)
         self._arrived: dict[Tensor, Callable[[], None]] = {}
-        self.gradient_tap = GradientTap(self._hosts, self._fetch) if gradients else None
+        self._leaving: deque[Callable[[], None]] = deque()
+        self.gradient_tap = GradientTap(self._hosts, self._send_away) if gradients else None
+
+    def _send_away(self, p: Tensor) -> None:
+        """Send a gradient to the CPU for good, once all but a few before it have arrived."""
+        self._fetch(p)
+        self._leaving.append(self._arrived[p])
+        if len(self._leaving) > MOST_LEAVING:
+            self._leaving.popleft()()
 
     def _fetch(self, p: Tensor) -> None:
         """Send a gradient to the CPU."""
@@ -63,6 +76,7 @@ class Offloaded(Optimizer):
             arrival()
             self._step_one(p, self._hosts[p])
         self._arrived.clear()
+        self._leaving.clear()
         self._copies.finish()
         return loss
 

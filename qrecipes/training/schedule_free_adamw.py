@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from qrecipes.quant.sharded import local
+from qrecipes.quant.sharded import flat_locals, local
 from qrecipes.training.exact_state import load_exactly
 
 Kernel = Callable[..., None]
@@ -61,7 +61,7 @@ class ScheduleFreeAdamW(Optimizer):
         """Put y into the weights: to the bit what the last step left there."""
         for group, p, state in self._begun():
             _, interpolate = self._kernels_for(p)
-            interpolate(local(p.detach()), local(state["x"]), local(state["z"]), group["betas"][0])
+            interpolate(*flat_locals(p.detach(), state["x"], state["z"]), group["betas"][0])
         self.evaluating = False
 
     def _begun(self) -> Iterable[tuple[dict[str, Any], Tensor, dict[str, Tensor]]]:
@@ -97,21 +97,14 @@ class ScheduleFreeAdamW(Optimizer):
         state = self.state[p]
         share = _advance(state, float(group["lr"]))
         correction = 1 - beta2 ** float(state["step"])
-        scale = torch.tensor([float(group["lr"]), correction, share], dtype=torch.float32)
-        update, interpolate = self._kernels_for(p)
-        y, x, z = local(p.detach()), local(state["x"]), local(state["z"])
-        update(
-            y,
-            local(p.grad),  # type: ignore[arg-type]
-            x,
-            z,
-            local(state["exp_avg_sq"]),
-            scale.to(p.device, non_blocking=True),
-            beta2,
-            group["eps"],
-            group["weight_decay"],
+        scale = torch.tensor(
+            [float(group["lr"]), group["weight_decay"], correction, share], dtype=torch.float32
         )
-        interpolate(y, x, z, beta1)
+        update, interpolate = self._kernels_for(p)
+        assert p.grad is not None
+        tensors = flat_locals(p.detach(), state["x"], state["z"], p.grad, state["exp_avg_sq"])
+        update(*tensors, scale.to(p.device, non_blocking=True), beta2, group["eps"])
+        interpolate(*flat_locals(p.detach(), state["x"], state["z"]), beta1)
 
     def _kernels_for(self, p: Tensor) -> tuple[Kernel, Kernel]:
         """`update_` and `interpolate_`, each compiled into one kernel on a GPU."""
@@ -154,18 +147,17 @@ def _advance(state: dict[str, Tensor], lr: float) -> float:
 
 def update_(
     y: Tensor,
-    grad: Tensor,
     x: Tensor,
     z: Tensor,
+    grad: Tensor,
     exp_avg_sq: Tensor,
     scale: Tensor,
     beta2: float,
     eps: float,
-    weight_decay: float,
 ) -> None:
     """z steps along the normalized gradient, x moves towards it, in place in float32; `scale` is [learning
-    rate, second bias correction, share of z in x]. Decay is taken at y."""
-    lr, correction2, share = scale.unbind()
+    rate, weight decay, second bias correction, share of z in x]. Decay is taken at y."""
+    lr, weight_decay, correction2, share = scale.unbind()
     g = grad.float()
     v = exp_avg_sq.lerp(g.square(), 1 - beta2)
     exp_avg_sq.copy_(v)

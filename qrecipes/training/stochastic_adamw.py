@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from qrecipes.quant.sharded import local
+from qrecipes.quant.sharded import flat_locals
 from qrecipes.training.exact_state import load_exactly
 
 Update = Callable[..., None]
@@ -64,19 +64,17 @@ class StochasticAdamW(Optimizer):
                     state["exp_avg_sq"] = torch.zeros_like(p, dtype=torch.float32)
                 state["step"] += 1
                 steps = float(state["step"])
+                lr = float(group["lr"])
                 scale = torch.tensor(
-                    [float(group["lr"]), 1 - beta1**steps, 1 - beta2**steps], dtype=torch.float32
+                    [lr, 1 - lr * group["weight_decay"], 1 - beta1**steps, 1 - beta2**steps],
+                    dtype=torch.float32,
                 )
                 self._update_for(p)(
-                    local(p.detach()),
-                    local(p.grad),
-                    local(state["exp_avg"]),
-                    local(state["exp_avg_sq"]),
+                    *flat_locals(p.detach(), p.grad, state["exp_avg"], state["exp_avg_sq"]),
                     scale.to(p.device, non_blocking=True),
                     beta1,
                     beta2,
                     group["eps"],
-                    group["weight_decay"],
                 )
         return loss
 
@@ -103,16 +101,16 @@ def update_(
     beta1: float,
     beta2: float,
     eps: float,
-    weight_decay: float,
 ) -> None:
-    """AdamW's update in place, in float32; `scale` is [learning rate, first and second bias correction]."""
-    lr, correction1, correction2 = scale.unbind()
+    """AdamW's update in place, in float32; `scale` is [learning rate, what decay leaves of a weight, first
+    and second bias correction]."""
+    lr, kept, correction1, correction2 = scale.unbind()
     g = grad.float()
     m = exp_avg.float().lerp(g, 1 - beta1)
     v = exp_avg_sq.lerp(g.square(), 1 - beta2)
     _store_(exp_avg, m)
     exp_avg_sq.copy_(v)
-    new = p.float() * (1 - lr * weight_decay) - lr * (m / correction1) / ((v / correction2).sqrt() + eps)
+    new = p.float() * kept - lr * (m / correction1) / ((v / correction2).sqrt() + eps)
     _store_(p, new)
 
 
