@@ -16,7 +16,7 @@ from qrecipes.errors import TrainingError
 from qrecipes.quant.sharded import parts
 from qrecipes.training import checkpoint
 from qrecipes.training.in_backward import InBackward
-from qrecipes.training.optim import build_optimizer
+from qrecipes.training.optim import build_optimizer, set_lr
 from qrecipes.training.optimizer_verbs import evaluation_weights, taking_gradients
 from qrecipes.training.step import train_step
 from qrecipes.training.task import Task
@@ -199,6 +199,7 @@ def test_a_state_dict_is_taken_over():
     second.load_state_dict(first.state_dict())
     theirs.load_state_dict(copy.deepcopy(ours.state_dict()))
     for model, optimizer in ((first, ours), (second, theirs)):
+        set_lr(optimizer, 0.01)  # reaches the groups that were loaded
         train_step(model, optimizer, Chain(), [batch()], TASK, 1, 0.0, ALONE)
     assert all(map(torch.equal, first.parameters(), second.parameters()))
     with evaluation_weights(ours):

@@ -15,7 +15,7 @@ from qrecipes.data import Batch
 from qrecipes.errors import ConfigError
 from qrecipes.training import checkpoint, optim
 from qrecipes.training.offload import Offloaded
-from qrecipes.training.optim import build_optimizer
+from qrecipes.training.optim import build_optimizer, set_lr
 from qrecipes.training.step import train_step
 from qrecipes.training.task import Task
 from qrecipes.transforms.base import ParamGroup
@@ -42,11 +42,13 @@ def batches(number: int) -> list[Batch]:
 
 
 def train(model, section: OptimSection, steps: int = 5):
+    """The reports of some steps, at rates that rise."""
     optimizer = build_optimizer([ParamGroup("rest", list(model.parameters()))], section)
-    return optimizer, [
-        train_step(model, optimizer, Chain(), [batch], TASK, step, section.clip_norm, ALONE)
-        for step, batch in enumerate(batches(steps))
-    ]
+    reports = []
+    for step, batch in enumerate(batches(steps)):
+        set_lr(optimizer, section.lr * (step + 1))
+        reports.append(train_step(model, optimizer, Chain(), [batch], TASK, step, section.clip_norm, ALONE))
+    return reports
 
 
 @pytest.mark.parametrize("offload", WHERE)
@@ -54,8 +56,8 @@ def train(model, section: OptimSection, steps: int = 5):
 def test_float32_weights_get_the_ordinary_update(no_gpu_needed, name, offload):
     settings = {"name": name, "lr": 1e-2, "clip_norm": 0.0}
     here, there = model_of(torch.float32), model_of(torch.float32)
-    _, expected = train(here, OptimSection(**settings))
-    _, found = train(there, OptimSection(**settings, offload=offload))
+    expected = train(here, OptimSection(**settings))
+    found = train(there, OptimSection(**settings, offload=offload))
     for p, q in zip(here.parameters(), there.parameters(), strict=True):
         torch.testing.assert_close(q, p, rtol=1e-6, atol=1e-7)  # the CPU's fused kernel rounds otherwise
     for a, b in zip(found, expected, strict=True):
