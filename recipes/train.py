@@ -29,6 +29,7 @@ from qrecipes.training.evaluate import evaluate
 from qrecipes.training.interrupt import Interruption
 from qrecipes.training.metrics import Log, environment, training_flops
 from qrecipes.training.optim import build_optimizer, lr_ratio, set_lr
+from qrecipes.training.optimizer_verbs import evaluation_weights
 from qrecipes.training.output import prepare_output, write_identity
 from qrecipes.training.seed import seed_building, seed_running
 from qrecipes.training.step import train_step
@@ -113,7 +114,9 @@ def train(run: Run, process: Process) -> int:
         def judge(step: int) -> None:
             log.flush()
             if held_out is not None:
-                log.write({"step": step} | evaluate(model, held_out, task, process, run.log.evaluate_batches))
+                with evaluation_weights(optimizer):
+                    found = evaluate(model, held_out, task, process, run.log.evaluate_batches)
+                log.write({"step": step} | found)
             log.restart_clock()
 
         def save(step: int) -> None:

@@ -22,6 +22,7 @@ def check(run: Run) -> None:
     """
     problems = [
         *_schedule(run),
+        *_optimizer(run),
         *_task(run),
         *_conversation(run),
         *_sizes(run),
@@ -42,6 +43,47 @@ def _schedule(run: Run) -> Iterator[Problem]:
             ("schedule", key),
             f"{steps} are more than the {run.steps} steps of the run; shorten the schedule, or raise steps",
         )
+
+
+def _optimizer(run: Run) -> Iterator[Problem]:
+    """The optimizer against the schedule, the device and what the run's transforms do between steps."""
+    optim = run.optim
+    if optim.name == "schedule_free_adamw" and run.schedule.kind != "constant":
+        yield Problem(
+            ("schedule", "kind"),
+            f"{run.schedule.kind!r} lowers the learning rate, and optim.name 'schedule_free_adamw' averages "
+            'weights instead: a falling rate spoils the average; set schedule.kind = "constant" (warm-up is '
+            "fine)",
+        )
+    if optim.offload != "none" and run.device == "cpu":
+        yield Problem(
+            ("optim", "offload"),
+            f"{optim.offload!r} moves the state from a GPU to the CPU, and device is 'cpu'; set offload = "
+            '"none"',
+        )
+    yield from _hooks(run)
+
+
+def _hooks(run: Run) -> Iterator[Problem]:
+    """What transforms do around the backward pass, against optimizers that leave no room for it."""
+    optim = run.optim
+    taker = "in_backward" if optim.in_backward else "offload"
+    keeper = "name" if optim.offload == "none" else "offload"
+    remedy = {"in_backward": "in_backward = false", "offload": 'offload = "none"', "name": "another name"}
+    for transform in map(transform_for, run.transform):
+        if optim.takes_gradients and "after_backward" in transform.hooks:
+            yield Problem(
+                ("optim", taker),
+                f"{getattr(optim, taker)!r} leaves no gradients after the backward pass, where "
+                f"{transform.name} uses them; set {remedy[taker]}, or remove the transform",
+            )
+        elif optim.copies_weights and transform.hooks:
+            yield Problem(
+                ("optim", keeper),
+                f"{getattr(optim, keeper)!r} keeps its own copy of the weights, and would undo what "
+                f"{transform.name} may do to them in {' and '.join(sorted(transform.hooks))}; set "
+                f"{remedy[keeper]}, or remove the transform",
+            )
 
 
 def _task(run: Run) -> Iterator[Problem]:

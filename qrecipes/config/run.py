@@ -238,8 +238,16 @@ class OptimSection:
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
-    name: Literal["adamw", "stochastic_adamw", "adamw8bit", "adamw4bit", "adamw_fp8", "sgd"] = "adamw"
-    """`stochastic_adamw` rounds bfloat16 weights stochastically and keeps its second moment in float32.
+    name: Literal[
+        "adamw", "stochastic_adamw", "schedule_free_adamw", "adamw8bit", "adamw4bit", "adamw_fp8", "sgd"
+    ] = "adamw"
+    """State in bytes a bfloat16 weight, beside the weight and its gradient: `adamw4bit` 1.06, `sgd` 2,
+    `adamw8bit` and `adamw_fp8` 2.03, `adamw` 4, `stochastic_adamw` 6, `schedule_free_adamw` 12; a float32
+    weight: `sgd` 4, `adamw` and `stochastic_adamw` 8, the others the same.
+
+    `stochastic_adamw` rounds bfloat16 weights stochastically and keeps its second moment in float32.
+    `schedule_free_adamw` (arXiv 2405.15682) needs no falling learning rate: what is judged, saved and
+    exported is an average of the weights, kept in float32; `betas[0]` is its share where gradients are taken.
     `adamw8bit`, `adamw4bit` and `adamw_fp8` are torchao's, with moments quantized in blocks; they, too, round
     bfloat16 weights stochastically where `stochastic_rounding` is set."""
     stochastic_rounding: bool = False
@@ -258,12 +266,58 @@ class OptimSection:
     """Micro-batches an optimizer step."""
     fused: bool = True
     """Use the fused kernel of AdamW and SGD on a GPU."""
+    in_backward: bool = False
+    """Update each parameter in the backward pass, as soon as its gradient is complete, and free that: one
+    gradient exists at a time (one block's under FSDP2 or `compile`), 2 bytes a bfloat16 weight less. Needs
+    `clip_norm = 0` and `accumulate = 1`."""
+    offload: Literal["none", "state", "state_and_gradients"] = "none"
+    """`state` keeps the state of `adamw` or `sgd` in host memory, with a float32 copy of each weight, and
+    updates on the CPU; the GPU holds only weights and gradients. With `state_and_gradients` each gradient,
+    too, leaves the GPU as soon as it is complete; this needs `clip_norm = 0` and `accumulate = 1`. For one
+    GPU."""
+
+    @property
+    def takes_gradients(self) -> bool:
+        """Whether gradients are used or moved during the backward pass, and are not there after it."""
+        return self.in_backward or self.offload == "state_and_gradients"
+
+    @property
+    def copies_weights(self) -> bool:
+        """Whether the optimizer's own copy of the weights counts, not what is written into the model."""
+        return self.name == "schedule_free_adamw" or self.offload != "none"
 
     def __post_init__(self) -> None:
         if self.stochastic_rounding and self.name not in ("adamw8bit", "adamw4bit", "adamw_fp8"):
             raise ConfigError(
                 f"optim.stochastic_rounding: {self.name!r} has no such switch; "
                 'set name = "stochastic_adamw" or one of torchao\'s, or leave it out'
+            )
+        if self.offload != "none" and self.name not in ("adamw", "sgd"):
+            raise ConfigError(
+                f"optim.offload: {self.offload!r} keeps float32 weights and moments on the CPU, where "
+                f'{self.name!r} saves nothing; set name = "adamw" or "sgd", or offload = "none"'
+            )
+        if self.offload != "none" and self.in_backward:
+            raise ConfigError(
+                "optim.in_backward: an offloaded update runs on the CPU, after the backward pass; set "
+                'in_backward = false with offload = "state_and_gradients", which also frees gradients at once'
+            )
+        if self.takes_gradients:
+            self._check_gradients_are_not_needed()
+
+    def _check_gradients_are_not_needed(self) -> None:
+        """Refuse what needs all gradients of a step together."""
+        key = "in_backward = true" if self.in_backward else f'offload = "{self.offload}"'
+        otherwise = "in_backward = false" if self.in_backward else 'offload = "state"'
+        if self.clip_norm:
+            raise ConfigError(
+                f"optim.clip_norm: {self.clip_norm} limits the norm of all gradients together, and with "
+                f"{key} most are gone when it is known; set clip_norm = 0, or {otherwise}"
+            )
+        if self.accumulate > 1:
+            raise ConfigError(
+                f"optim.accumulate: {self.accumulate} micro-batches add up their gradients, and with {key} "
+                f"each is gone after its own; set accumulate = 1 and raise data.batch_size, or {otherwise}"
             )
 
 

@@ -12,6 +12,15 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def flat_locals(*tensors: Tensor) -> list[Tensor]:
+    """This rank's parts of tensors of one shape, as vectors where all are contiguous.
+
+    A compiled elementwise function then sees one number of dimensions, and is not compiled for each.
+    """
+    found = [local(tensor) for tensor in tensors]
+    return [t.view(-1) for t in found] if all(t.is_contiguous() for t in found) else found
+
+
 def is_composite(tensor: Tensor) -> bool:
     """Whether this rank's part is a tensor subclass made of inner tensors, such as a quantized optimizer
     state."""

@@ -3,7 +3,8 @@
 A checkpoint is a folder `step_00000100` that appears by a rename when everything in it is written, so a
 killed save leaves the previous one untouched. `model.safetensors` and `optimizer.safetensors` hold whole
 tensors, whatever the number of ranks; `rank_00000.safetensors` holds what is a rank's own: random state, and
-tensors made of several parts (quantized optimizer states, whose blocks follow the sharding). `state.json`
+tensors made of several parts (quantized optimizer states, whose blocks follow the sharding). The model is as
+it is judged and exported, where an optimizer tells such weights from those that are trained. `state.json`
 comes last, with the step, the data position, the size and CRC-32 of every file, and what of the run must be
 equal to resume. Nothing is pickled.
 """
@@ -27,6 +28,7 @@ from torch.optim import Optimizer
 from qrecipes.errors import CheckpointError
 from qrecipes.parallel.process import Process
 from qrecipes.quant.sharded import is_composite, parts, whole, write_whole_
+from qrecipes.training.optimizer_verbs import evaluation_weights, training_weights_
 
 if TYPE_CHECKING:
     from qrecipes.config.run import Run
@@ -110,6 +112,7 @@ def fingerprint(run: Run, world: int) -> dict[str, Any]:
             run.data.batch_size * run.optim.accumulate * world
         ),
         "optim.name": run.optim.name,
+        "optim.offload": None if run.optim.offload == "none" else "float32 weights in the state",
         "transform": [{"method": type(config).__name__} | asdict(config) for config in run.transform],
     }
     return json.loads(json.dumps(shape))
@@ -131,7 +134,8 @@ def save(
     if process.is_main:
         _reporting_os_errors(partial, lambda: _empty(partial))
     process.barrier()
-    shared, own = _collect(model, optimizer, process)
+    with evaluation_weights(optimizer):
+        shared, own = _collect(model, optimizer, process)
     own |= _random_state(process)  # last: nothing above draws from it
     rank_file = partial / f"rank_{process.rank:05d}.safetensors"
     _reporting_os_errors(partial, lambda: save_file(own, rank_file))
@@ -319,12 +323,13 @@ def restore(
     """
     state = read_state(folder)
     check_fits(folder, state, run, process)
+    initialize_state(optimizer)  # first: an optimizer with copies of the weights writes them back
     load_model(folder, model, process)
-    initialize_state(optimizer)
     same_world = state["world"] == process.world
     own = _load(folder / f"rank_{process.rank:05d}.safetensors") if same_world else {}
     saved = _restore_tensors(folder, OPTIMIZER, _optimizer_tensors(model, optimizer), own)
     _forget_absent_state(saved, model, optimizer)
+    training_weights_(optimizer)
     if same_world:
         torch.set_rng_state(own["random/cpu"])
         if process.device.type == "cuda" and "random/cuda" in own:

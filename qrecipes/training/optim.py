@@ -7,10 +7,14 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.distributed.tensor import DTensor
 from torch.optim import SGD, AdamW, Optimizer
 
 from qrecipes import compat
 from qrecipes.errors import ConfigError
+from qrecipes.training.in_backward import InBackward
+from qrecipes.training.offload import Offloaded
+from qrecipes.training.schedule_free_adamw import ScheduleFreeAdamW
 from qrecipes.training.stochastic_adamw import StochasticAdamW
 from qrecipes.transforms.base import ParamGroup
 
@@ -22,12 +26,35 @@ def build_optimizer(groups: Sequence[ParamGroup], optim: OptimSection) -> Optimi
     """The optimizer of `groups`. Vectors (norms, biases) are never decayed, whatever the run's weight decay.
 
     Raises:
-        ConfigError: if there is nothing to train.
+        ConfigError: if there is nothing to train, or it is not where the optimizer can offload it from.
     """
     settings = [setting for group in groups for setting in _settings(group, optim)]
     if not settings:
         raise ConfigError("nothing trains: no transform owns a trainable parameter, and the rest is frozen")
-    return OPTIMIZERS[optim.name](settings, optim)
+
+    def construct(settings: list[dict[str, Any]]) -> Optimizer:
+        return OPTIMIZERS[optim.name](settings, optim)
+
+    if optim.offload != "none":
+        _check_offload(settings, optim)
+        return Offloaded(settings, construct, gradients=optim.offload == "state_and_gradients")
+    if optim.in_backward:
+        return InBackward(settings, construct)
+    return construct(settings)
+
+
+def _check_offload(settings: list[dict[str, Any]], optim: OptimSection) -> None:
+    params = [p for setting in settings for p in setting["params"]]
+    if any(isinstance(p, DTensor) for p in params):
+        raise ConfigError(
+            f"optim.offload: {optim.offload!r} is for one GPU, and this run has several, over which FSDP2 "
+            'shards the state; set offload = "none", or run one process'
+        )
+    if not all(p.is_cuda for p in params):
+        raise ConfigError(
+            f"optim.offload: {optim.offload!r} moves the state from a GPU to the CPU, and this model is on "
+            'the CPU; set offload = "none"'
+        )
 
 
 def _settings(group: ParamGroup, optim: OptimSection) -> list[dict[str, Any]]:
@@ -47,7 +74,9 @@ def _settings(group: ParamGroup, optim: OptimSection) -> list[dict[str, Any]]:
 
 
 def _fused(settings: list[dict[str, Any]], optim: OptimSection) -> bool:
-    return optim.fused and all(p.is_cuda for setting in settings for p in setting["params"])
+    # offloaded, the update runs on the CPU, and takes several passes over memory where it is not fused
+    on_device = all(p.is_cuda for setting in settings for p in setting["params"])
+    return optim.fused and (on_device or optim.offload != "none")
 
 
 def _adamw(settings: list[dict[str, Any]], optim: OptimSection) -> Optimizer:
@@ -57,6 +86,10 @@ def _adamw(settings: list[dict[str, Any]], optim: OptimSection) -> Optimizer:
 
 def _stochastic_adamw(settings: list[dict[str, Any]], optim: OptimSection) -> Optimizer:
     return StochasticAdamW(settings, lr=optim.lr, betas=optim.betas, eps=optim.eps)
+
+
+def _schedule_free_adamw(settings: list[dict[str, Any]], optim: OptimSection) -> Optimizer:
+    return ScheduleFreeAdamW(settings, lr=optim.lr, betas=optim.betas, eps=optim.eps)
 
 
 def _torchao(name: str) -> Callable[[list[dict[str, Any]], OptimSection], Optimizer]:
@@ -87,6 +120,7 @@ def _sgd(settings: list[dict[str, Any]], optim: OptimSection) -> Optimizer:
 OPTIMIZERS = {
     "adamw": _adamw,
     "stochastic_adamw": _stochastic_adamw,
+    "schedule_free_adamw": _schedule_free_adamw,
     "adamw8bit": _torchao("AdamW8bit"),
     "adamw4bit": _torchao("AdamW4bit"),
     "adamw_fp8": _torchao("AdamWFp8"),

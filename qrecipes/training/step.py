@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from qrecipes.data import Batch
 from qrecipes.parallel.process import Process
+from qrecipes.training.optimizer_verbs import norms_of_taken, taking_gradients
 from qrecipes.training.task import Task
 from qrecipes.transforms.base import StepContext
 from qrecipes.transforms.chain import Chain
@@ -49,16 +50,19 @@ def train_step(
     """
     ctx = StepContext(step, model, optimizer)
     chain.before_step(ctx)
+    ctx.apply_requests()  # now, since some optimizers update in the backward pass
     counts = [(batch.count(), batch.targets.numel()) for batch in batches]
     targets, computed = process.sum(torch.tensor(counts).sum(0)).unbind()
     per_rank = (targets / process.world).clamp(min=1).float()  # FSDP2 averages gradients over ranks
     loss_sum = torch.zeros((), device=process.device)
-    for batch in batches:
-        loss = task.loss(model, batch.to(process.device))
-        (loss / per_rank).backward()
-        loss_sum += loss.detach()
+    with taking_gradients(optimizer, wanted=not ctx.skip_update):
+        for batch in batches:
+            loss = task.loss(model, batch.to(process.device))
+            (loss / per_rank).backward()
+            loss_sum += loss.detach()
     chain.after_backward(ctx)
-    grad_norm = clip_gradients(model, clip_norm)
+    taken = norms_of_taken(optimizer)
+    grad_norm = total_norm(model, taken) if taken else clip_gradients(model, clip_norm)
     ctx.apply_requests()
     if not ctx.skip_update:
         optimizer.step()
@@ -76,3 +80,10 @@ def clip_gradients(model: nn.Module, clip_norm: float) -> Tensor:
     if clip_norm:
         nn.utils.clip_grads_with_norm_(trained, clip_norm, norm)
     return norm
+
+
+def total_norm(model: nn.Module, norms: Mapping[Tensor, Tensor]) -> Tensor:
+    """The norm of all gradients together from that of each, on every rank, summed in the model's order."""
+    ordered = [norms[p] for p in model.parameters() if p in norms]
+    norm = torch.linalg.vector_norm(torch.stack(ordered))
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm

@@ -3,7 +3,8 @@
 A bfloat16 weight has 8 significant bits: an update smaller than 1/512 of it vanishes when rounded to nearest,
 and with a learning rate of 1e-4 most are. Rounded stochastically they arrive on average (arXiv 2010.06192).
 The second moment changes by 1 - beta2 a step, 0.001 of itself for beta2 = 0.999, which bfloat16 cannot hold
-either.
+either; the first by 1 - beta1, which it holds on average only: rounded to nearest, a first moment with
+beta1 = 0.99 comes to rest a fifth below a constant gradient.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from qrecipes.quant.sharded import local
+from qrecipes.quant.sharded import flat_locals
+from qrecipes.training.exact_state import load_exactly
 
 Update = Callable[..., None]
 
@@ -23,8 +25,9 @@ Update = Callable[..., None]
 class StochasticAdamW(Optimizer):
     """AdamW (arXiv 1711.05101, algorithm 2) that computes in float32 and rounds bfloat16 weights at random.
 
-    State for each weight: `exp_avg` in the weight's type, `exp_avg_sq` in float32 and `step`; 6 bytes a
-    bfloat16 weight, where AdamW over float32 copies takes 12. float32 weights are updated as AdamW does.
+    State for each weight: `exp_avg` in the weight's type, rounded as weights are, `exp_avg_sq` in float32 and
+    `step`; 6 bytes a bfloat16 weight, where AdamW over float32 copies takes 12. float32 weights are updated
+    as AdamW does.
     Under FSDP2 each rank updates its own part with its own random numbers, from the device's default
     generator.
     """
@@ -61,21 +64,24 @@ class StochasticAdamW(Optimizer):
                     state["exp_avg_sq"] = torch.zeros_like(p, dtype=torch.float32)
                 state["step"] += 1
                 steps = float(state["step"])
+                lr = float(group["lr"])
                 scale = torch.tensor(
-                    [float(group["lr"]), 1 - beta1**steps, 1 - beta2**steps], dtype=torch.float32
+                    [lr, 1 - lr * group["weight_decay"], 1 - beta1**steps, 1 - beta2**steps],
+                    dtype=torch.float32,
                 )
                 self._update_for(p)(
-                    local(p.detach()),
-                    local(p.grad),
-                    local(state["exp_avg"]),
-                    local(state["exp_avg_sq"]),
+                    *flat_locals(p.detach(), p.grad, state["exp_avg"], state["exp_avg_sq"]),
                     scale.to(p.device, non_blocking=True),
                     beta1,
                     beta2,
                     group["eps"],
-                    group["weight_decay"],
                 )
         return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over a state as it is: torch would cast the second moment to the weights' type."""
+        super().load_state_dict(state_dict)
+        load_exactly(self, state_dict)
 
     def _update_for(self, p: Tensor) -> Update:
         """The update, compiled into one kernel on a GPU."""
@@ -95,17 +101,22 @@ def update_(
     beta1: float,
     beta2: float,
     eps: float,
-    weight_decay: float,
 ) -> None:
-    """AdamW's update in place, in float32; `scale` is [learning rate, first and second bias correction]."""
-    lr, correction1, correction2 = scale.unbind()
+    """AdamW's update in place, in float32; `scale` is [learning rate, what decay leaves of a weight, first
+    and second bias correction]."""
+    lr, kept, correction1, correction2 = scale.unbind()
     g = grad.float()
     m = exp_avg.float().lerp(g, 1 - beta1)
     v = exp_avg_sq.lerp(g.square(), 1 - beta2)
-    exp_avg.copy_(m)
+    _store_(exp_avg, m)
     exp_avg_sq.copy_(v)
-    new = p.float() * (1 - lr * weight_decay) - lr * (m / correction1) / ((v / correction2).sqrt() + eps)
-    p.copy_(round_to_bfloat16_stochastically(new) if p.dtype is torch.bfloat16 else new)
+    new = p.float() * kept - lr * (m / correction1) / ((v / correction2).sqrt() + eps)
+    _store_(p, new)
+
+
+def _store_(target: Tensor, value: Tensor) -> None:
+    """Overwrite `target` by a float32 value, which a bfloat16 one holds on average."""
+    target.copy_(round_to_bfloat16_stochastically(value) if target.dtype is torch.bfloat16 else value)
 
 
 def round_to_bfloat16_stochastically(x: Tensor) -> Tensor:

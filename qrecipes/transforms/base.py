@@ -74,9 +74,10 @@ class StepContext:
     """Parameters whose optimizer state is forgotten before the update."""
 
     def apply_requests(self) -> None:
-        """Forget the optimizer state of `state_to_reset`."""
+        """Forget the optimizer state of `state_to_reset`, and the request with it."""
         for parameter in self.state_to_reset:
             self.optimizer.state.pop(parameter, None)
+        self.state_to_reset.clear()
 
 
 @dataclass(frozen=True)
@@ -121,6 +122,16 @@ class Transform(abc.ABC, Generic[C]):
     def freezes_rest(self) -> bool:
         """Whether parameters that no transform owns stop training."""
         return True
+
+    @property
+    def hooks(self) -> frozenset[str]:
+        """Which of `before_step` and `after_backward` the method uses: those that its class overrides.
+
+        A method that uses one only in some configurations says so here. An optimizer that updates in the
+        backward pass leaves no gradients to `after_backward`.
+        """
+        names = ("before_step", "after_backward")
+        return frozenset(n for n in names if getattr(type(self), n) is not getattr(Transform, n))
 
     def check(self, run: Run) -> None:
         """Raise ConfigError where the run contradicts the method; called before a model is built."""

@@ -31,6 +31,8 @@ EXTRA = [
     f"llm:{methods()[0]}:chunked",
     "llm::adamw8bit",
     "llm::stochastic_adamw",  # in float32, where it rounds nothing and equals AdamW
+    "llm::schedule_free_adamw",
+    "llm::in_backward",
 ]
 
 
@@ -71,9 +73,10 @@ def one_process(case: str) -> torch.Tensor:
     """Loss and gradient norm of each step, [6, 2]."""
     family, method, name = case.split(":")
     run = tiny_run(family, method or None, steps=6)
-    if name != "adamw8bit":
-        return torch.tensor(Trial.of(run).advance(6))
-    return torch.tensor(Trial.of(variant(run, name), dtype=torch.bfloat16).advance(6))
+    if name in ("adamw8bit", "schedule_free_adamw", "in_backward"):
+        run = variant(run, name)  # and not what it should equal
+    dtype = torch.bfloat16 if name == "adamw8bit" else torch.float32
+    return torch.tensor(Trial.of(run, dtype=dtype).advance(6))
 
 
 def rtol(case: str) -> float:
@@ -99,10 +102,11 @@ def test_ranks_read_different_rows_and_draw_different_numbers(two_processes, cas
     assert not any(row in second for row in first)
 
 
-@pytest.mark.parametrize("case", PLAIN)
+@pytest.mark.parametrize("case", [*PLAIN, "llm::schedule_free_adamw", "llm::in_backward"])
 def test_checkpoint_of_two_ranks_goes_on_with_one(two_processes, folder, case):
-    family, method, _ = case.split(":")
+    family, method, name = case.split(":")
     run = tiny_run(family, method or None, output=str(folder / case.replace(":", "-")), steps=6)
+    run = variant(run, name)
     trial = Trial.of(run)
     saved = checkpoint.folder_of(run.output, 3)
     trial.done, position = checkpoint.restore(saved, run, trial.model, trial.optimizer, trial.process)

@@ -35,8 +35,12 @@ def variant(run, name: str):
         "chunked": ({}, {"loss": "chunked", "chunk_tokens": 24}),
         "adamw8bit": ({}, {}),
         "stochastic_adamw": ({}, {}),
+        "schedule_free_adamw": ({}, {}),
+        "in_backward": ({}, {}),
     }[name]
     run = replace(run, parallel=replace(run.parallel, **parallel), task=replace(run.task, **task))
+    if name == "in_backward":
+        run = replace(run, optim=replace(run.optim, clip_norm=0.0, in_backward=True))
     if name in OPTIMIZERS:
         run = replace(run, optim=replace(run.optim, name=name))
         if "embed_dim" in run.model.args and run.task.kind == "classification":

@@ -40,7 +40,7 @@ def trial(run):
     return trial
 
 
-@pytest.mark.parametrize("name", ["adamw", "adamw8bit", "sgd"])
+@pytest.mark.parametrize("name", ["adamw", "schedule_free_adamw", "adamw8bit", "sgd"])
 def test_resume_is_bit_exact_for_every_optimizer(run, name):
     run = replace(run, optim=replace(run.optim, name=name))
     unbroken = Trial.of(run).advance(6)

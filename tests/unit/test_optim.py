@@ -12,6 +12,7 @@ from torch import nn
 
 from qrecipes.config.run import OptimSection, ScheduleSection
 from qrecipes.errors import ConfigError
+from qrecipes.quant.sharded import parts
 from qrecipes.training.optim import OPTIMIZERS, build_optimizer, lr_ratio, set_lr
 from qrecipes.transforms.base import ParamGroup
 
@@ -56,6 +57,33 @@ def test_every_optimizer_minimizes(name):
         optimizer.step()
         optimizer.zero_grad()
     assert found[-1] < found[0]
+
+
+BYTES = {
+    "adamw": (4, 8),
+    "stochastic_adamw": (6, 8),
+    "schedule_free_adamw": (12, 12),
+    "adamw8bit": (2 + 2 * 4 / 256, 2 + 2 * 4 / 256),  # codes of 8 bits, a float32 scale a block
+    "adamw4bit": (1 + 2 * 4 / 128, 1 + 2 * 4 / 128),
+    "adamw_fp8": (2 + 2 * 4 / 256, 2 + 2 * 4 / 256),
+    "sgd": (2, 4),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_state_takes_the_bytes_that_the_documentation_says(name, monkeypatch):
+    """Bytes of state a bfloat16 and a float32 weight, as in the docstring of `OptimSection.name`."""
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)  # torchao's: compiling takes long
+    found = []
+    for dtype in (torch.bfloat16, torch.float32):
+        p = nn.Parameter(torch.ones(256, 256, dtype=dtype))
+        optimizer = build_optimizer([ParamGroup("rest", [p])], OptimSection(name=name))
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+        tensors = [part for value in optimizer.state[p].values() for part in parts(value).values()]
+        found.append(sum(t.numel() * t.element_size() for t in tensors) / p.numel())
+    # lookup tables of codes and counters of steps: at most 4 KB, over 65,536 weights
+    assert found == pytest.approx(BYTES[name], abs=4096 / 65536)
 
 
 def test_adamw_follows_its_formula():

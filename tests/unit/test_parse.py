@@ -301,7 +301,8 @@ def test_an_override_that_opens_like_a_literal_must_be_one(here):
         (
             '[optim]\nname = "adam"',
             "2: optim.name: 'adam' is not one of "
-            "adamw, stochastic_adamw, adamw8bit, adamw4bit, adamw_fp8, sgd; did you mean 'adamw'?",
+            "adamw, stochastic_adamw, schedule_free_adamw, adamw8bit, adamw4bit, adamw_fp8, sgd; "
+            "did you mean 'adamw'?",
         ),
         ('[optim]\nfused = "yes"', "2: optim.fused: expected true or false, got 'yes' (string)"),
         ('[optim]\nlr = "3e-4"', "2: optim.lr: expected a number, got '3e-4' (string); write 3e-4"),

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torchao.optim.subclass_8bit import OptimState8bit
 
-from qrecipes.quant.sharded import is_composite, parts, whole, write_whole_
+from qrecipes.quant.sharded import flat_locals, is_composite, parts, whole, write_whole_
 
 
 def test_plain_tensors_are_their_own_whole():
@@ -31,3 +31,13 @@ def test_composite_tensors_come_apart_and_can_be_overwritten():
         parts(target)[name].copy_(tensor)
     assert torch.equal(source.dequantize(), target.dequantize())
     assert source.dequantize().abs().max() > 0
+
+
+def test_flat_parts_are_views_and_share_one_shape():
+    tensor, other = torch.randn(3, 4), torch.randn(3, 4)
+    flat, flat_other = flat_locals(tensor, other)
+    assert flat.shape == flat_other.shape == (12,)
+    flat.zero_()
+    assert (tensor == 0).all()
+    transposed = torch.randn(4, 3).t()  # elements in another order: flat, the two would not match
+    assert [t.shape for t in flat_locals(tensor, transposed)] == [(3, 4), (3, 4)]

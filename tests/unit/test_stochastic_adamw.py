@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from harness import Trial, tiny_run
@@ -98,6 +100,24 @@ def test_the_same_generator_gives_the_same_weights():
     third, _ = trained(p, grads, **SETTINGS)
     assert torch.equal(first, second)
     assert not torch.equal(first, third)
+
+
+def test_the_first_moment_does_not_come_to_rest_early():
+    """A constant gradient of 1 with beta1 = 0.99: to nearest, the moment would stay at 0.805."""
+    p = torch.ones(4096, dtype=torch.bfloat16)
+    _, state = trained(p, [torch.ones_like(p)] * 1000, **SETTINGS | {"lr": 1e-6, "betas": (0.99, 0.999)})
+    # 1 - 0.99^1000 is 0.99996, held between two bfloat16 values 2^-8 apart
+    assert abs(state["exp_avg"].double().mean() - 1) < 2**-8
+
+
+def test_a_state_dict_keeps_its_types():
+    p, q = (nn.Parameter(torch.ones(5, dtype=torch.bfloat16)) for _ in range(2))
+    first, second = StochasticAdamW([p], **SETTINGS), StochasticAdamW([q], **SETTINGS)
+    p.grad = torch.full_like(p, 0.3)
+    first.step()
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    assert second.state[q]["exp_avg_sq"].dtype is torch.float32
+    assert all(torch.equal(second.state[q][key], value) for key, value in first.state[p].items())
 
 
 def test_parameters_without_a_gradient_stay(monkeypatch):
