@@ -110,7 +110,7 @@ def fingerprint(run: Run, world: int) -> dict[str, Any]:
             run.data.batch_size * run.optim.accumulate * world
         ),
         "optim.name": run.optim.name,
-        "transform": [{"method": type(config).__name__} | asdict(config) for config in run.transform],
+        "transform": [config.fingerprint() for config in run.transform],
     }
     return json.loads(json.dumps(shape))
 
