@@ -88,7 +88,7 @@ def train(run: Run, process: Process) -> int:
     model = chain.swap(model, loss=lambda m: plain.loss(m, probe_batch), device=process.device)
     flops = training_flops(model, run.data.sequence_length)
     task = Task(run.task, compile=run.parallel.compile)  # only now: the probe's shape is not the run's
-    model = parallelize(model, run.parallel, process)
+    model = parallelize(model, run.parallel, process, chain)
     model.to(process.device)
     optimizer = build_optimizer(chain.param_groups(model), run.optim)
     seed_running(run.seed, process.rank)

@@ -95,7 +95,7 @@ class Trial:
         chain = Chain.from_configs(run.transform)
         batch = peek(data) if probe else None
         model = chain.swap(model, loss=(lambda m: task.loss(m, batch)) if probe else None)
-        model = parallelize(model, run.parallel, process).to(process.device)
+        model = parallelize(model, run.parallel, process, chain).to(process.device)
         optimizer = build_optimizer(chain.param_groups(model), run.optim)
         seed_running(run.seed, process.rank)
         return cls(run, process, chain, model.train(), optimizer, data, task)

@@ -188,7 +188,7 @@ def measure(shape: str, case: str, steps: int, profile: bool) -> dict[str, Any]:
     torch.manual_seed(0)
     model = build(section, dtype=torch.bfloat16, device=device)
     model = CASES[case](model)
-    model = parallelize(model, ParallelSection(compile=True), Process(0, 1, device, None)).train()
+    model = parallelize(model, ParallelSection(compile=True), Process(0, 1, device, None), Chain()).train()
     optimizer = build_optimizer(Chain().param_groups(model), OptimSection(lr=1e-5))
     batch = random_batch(size, device)
     learnt = TaskSection() if len(size) == 2 else TaskSection(kind="classification")

@@ -19,11 +19,12 @@ from qrecipes.models.view import block_sites
 if TYPE_CHECKING:
     from qrecipes.config.run import ParallelSection
     from qrecipes.parallel.process import Process
+    from qrecipes.transforms.chain import Chain
 
 
-def parallelize(model: nn.Module, parallel: ParallelSection, process: Process) -> nn.Module:
-    """Make `model` recompute, compile and shard as asked, in place. Sharding replaces its Parameter
-    objects."""
+def parallelize(model: nn.Module, parallel: ParallelSection, process: Process, chain: Chain) -> nn.Module:
+    """Make `model`, which `chain` has swapped, recompute, compile and shard as asked, in place. Sharding
+    replaces its Parameter objects."""
     blocks = [site.block for site in block_sites(model)]
     if parallel.compile:
         for block in blocks:
@@ -33,6 +34,7 @@ def parallelize(model: nn.Module, parallel: ParallelSection, process: Process) -
         for block in blocks[::every]:
             recompute(block)
     if process.mesh is not None:
+        chain.before_shard(model)
         shard(model, blocks, parallel, process)
     return model
 

@@ -6,10 +6,16 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from qrecipes.quant.int8_gathered import GatheredAsInt8
+
 
 def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a tensor; the tensor itself where it is not sharded."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    """This rank's part of a tensor; the tensor itself where it is not sharded.
+
+    It is what the optimizer updates: how FSDP2 will gather it is left out.
+    """
+    tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.plain if isinstance(tensor, GatheredAsInt8) else tensor
 
 
 def flat_locals(*tensors: Tensor) -> list[Tensor]:
@@ -42,7 +48,7 @@ def parts(tensor: Tensor, prefix: str = "") -> dict[str, Tensor]:
 def whole(tensor: Tensor) -> Tensor:
     """The whole tensor on every rank, detached. A collective where the tensor is sharded."""
     tensor = tensor.detach()
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return local(tensor.full_tensor() if isinstance(tensor, DTensor) else tensor)
 
 
 @torch.no_grad()
@@ -58,6 +64,6 @@ def write_whole_(tensor: Tensor, value: Tensor) -> None:
         value = value.to(device=tensor.device, dtype=tensor.dtype)
         # src_data_rank=None: every rank cuts its own part, nothing is sent
         sharded = distribute_tensor(value, tensor.device_mesh, tensor.placements, src_data_rank=None)
-        tensor.to_local().copy_(sharded.to_local())
+        local(tensor).copy_(sharded.to_local())
     else:
         tensor.copy_(value)

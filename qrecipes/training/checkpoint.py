@@ -113,7 +113,7 @@ def fingerprint(run: Run, world: int) -> dict[str, Any]:
         ),
         "optim.name": run.optim.name,
         "optim.offload": None if run.optim.offload == "none" else "float32 weights in the state",
-        "transform": [{"method": type(config).__name__} | asdict(config) for config in run.transform],
+        "transform": [config.fingerprint() for config in run.transform],
     }
     return json.loads(json.dumps(shape))
 

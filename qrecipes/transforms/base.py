@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 import torch
 from pydantic import ConfigDict
@@ -37,6 +37,14 @@ class TransformConfig(AOBaseConfig):
     """Fully qualified names of the layers to change, as shell patterns in which `*` also matches dots."""
     skip: tuple[str, ...] = ("output", "head", "*.output", "*.head", "*.head.*", "head.*", "fc", "classifier")
     """Layers to leave alone, in the same patterns; wins over `targets`."""
+
+    free_on_resume: ClassVar[tuple[str, ...]] = ()
+    """Fields that a run may change when it resumes from a checkpoint; the others must be equal."""
+
+    def fingerprint(self) -> dict[str, Any]:
+        """The method and every field that must be equal for a checkpoint to fit a run."""
+        fixed = {key: value for key, value in asdict(self).items() if key not in self.free_on_resume}
+        return {"method": type(self).__name__} | fixed
 
     def reason_to_skip(self, fqn: str) -> str | None:
         """Why the layer called `fqn` is left alone by name, or None where it is selected."""
@@ -97,7 +105,7 @@ C = TypeVar("C", bound=TransformConfig)
 
 
 class Transform(abc.ABC, Generic[C]):
-    """check -> swap -> param_groups -> (before_step, after_backward)* -> finalize.
+    """check -> swap -> before_shard -> param_groups -> (before_step, after_backward)* -> finalize.
 
     Hooks are functions of (step, parameters). A transform keeps no counter, so a resumed run repeats an
     unbroken one bit for bit.
@@ -151,6 +159,14 @@ class Transform(abc.ABC, Generic[C]):
     @abc.abstractmethod
     def bounds(self) -> Bounds:
         """What the probe holds each of this method's layers to."""
+
+    def before_shard(self, model: nn.Module) -> None:
+        """Called before FSDP2 shards a swapped model, in runs of several processes only; it may replace
+        Parameters by ones that say how FSDP2 gathers them.
+
+        Raises:
+            ConfigError: if a parameter cannot be gathered as the method asks.
+        """
 
     def param_groups(self, model: nn.Module) -> list[ParamGroup]:
         """Only what this method owns and trains."""

@@ -151,6 +151,11 @@ class Chain:
             if id(parameter) not in owned:
                 parameter.requires_grad_(False)
 
+    def before_shard(self, model: nn.Module) -> None:
+        """Tell every transform, in order, that FSDP2 will shard the model."""
+        for transform in self.transforms:
+            transform.before_shard(model)
+
     def _owned(self, model: nn.Module) -> list[ParamGroup]:
         return [group for transform in self.transforms for group in transform.param_groups(model)]
 

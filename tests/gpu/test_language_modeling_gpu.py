@@ -15,6 +15,7 @@ from qrecipes.parallel.apply import parallelize
 from qrecipes.parallel.process import Process
 from qrecipes.training.losses import chunked_cross_entropy, cross_entropy_sum, liger_cross_entropy
 from qrecipes.training.task import Task
+from qrecipes.transforms.chain import Chain
 
 pytestmark = [
     pytest.mark.gpu,
@@ -105,7 +106,8 @@ def test_packed_documents_have_the_losses_they_have_alone(compiled, checkpointin
     alone = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
     process = Process(0, 1, torch.device("cuda"), None)
-    model = parallelize(model, ParallelSection(compile=compiled, checkpointing=checkpointing), process)
+    section = ParallelSection(compile=compiled, checkpointing=checkpointing)
+    model = parallelize(model, section, process, Chain())
     packed = Batch(
         torch.cat([t[:-1] for t in texts])[None],
         torch.cat([t[1:] for t in texts])[None],
