@@ -57,6 +57,7 @@ def main(argv: list[str]) -> int:
 def train(run: Run, process: Process) -> int:
     """One training run on this process."""
     chain = Chain.from_configs(run.transform)
+    chain.check_device(process.device)
     resume = checkpoint.find(run.output, run.checkpoint.resume)
     prepare_output(run, process)
 

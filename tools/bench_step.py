@@ -74,7 +74,8 @@ def ours(name: str, **settings: Any) -> Change:
     """A registered method with these settings."""
 
     def change(model: nn.Module) -> nn.Module:
-        return Chain([REGISTRY[name](REGISTRY[name].Config(**settings))]).swap(model)
+        tiny: dict[str, Any] = {"min_size": 0, "emulate": True} if ModelView.of(model).width < 1024 else {}
+        return Chain([REGISTRY[name](REGISTRY[name].Config(**settings, **tiny))]).swap(model)
 
     return change
 

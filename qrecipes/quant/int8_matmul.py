@@ -35,6 +35,7 @@ __all__ = [
     "TILES",
     "Tiles",
     "choose_tiles",
+    "has_int8_tensor_cores",
     "scaled_int8_mm",
     "scaled_int8_mm_reference",
     "scaled_int8_mm_triton",
@@ -61,6 +62,15 @@ if HAS_TRITON:
     import triton
 
     from qrecipes.quant import int8_kernels
+
+
+@cache
+def has_int8_tensor_cores(device: torch.device) -> bool:
+    """Whether the kernels serve a device: NVIDIA GPUs of compute capability 8.0, Ampere, or later.
+
+    Elsewhere every operator gives the same numbers in plain PyTorch, slowly.
+    """
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def scaled_int8_mm(
@@ -156,7 +166,7 @@ def tile_scaled_int8_mm_reference(
 ) -> Tensor:
     """The same in plain PyTorch, one tile of K after the other."""
     _check_tiles("tile_scaled_int8_mm_reference", a_MK, b_KN, a_scale, b_scale, out_dtype)
-    return _tile_scaled_on_cpu(a_MK, b_KN, a_scale, b_scale, out_dtype)
+    return _tile_scaled_in_torch(a_MK, b_KN, a_scale, b_scale, out_dtype)
 
 
 def tile_scaled_int8_mm_triton(
@@ -375,9 +385,11 @@ def _scaled_int8_mm_cuda(
     bias_N: Tensor | None = None,
 ) -> Tensor:
     """Called hundreds of times a step, so that every query of the driver would be felt."""
-    _require_triton()
     M, K = a_MK.shape
     N, device = b_KN.shape[1], a_MK.device
+    if not has_int8_tensor_cores(device):
+        return _scaled_int8_mm_in_torch(a_MK, b_KN, row_scale_M1, col_scale_1N, out_dtype, bias_N)
+    _require_triton()
     if M == 0 or N == 0 or K == 0:
         plan = _Plan(TILES[-1][0])
     else:
@@ -388,7 +400,7 @@ def _scaled_int8_mm_cuda(
     return _by_kernel(a_MK, b_KN, row_scale_M1, col_scale_1N, bias_N, out_dtype, plan)
 
 
-def _scaled_int8_mm_cpu(
+def _scaled_int8_mm_in_torch(
     a_MK: Tensor,
     b_KN: Tensor,
     row_scale_M1: Tensor,
@@ -415,10 +427,12 @@ def _scaled_int8_mm_fake(
 def _tile_scaled_on_cuda(
     a_MK: Tensor, b_KN: Tensor, a_scale: Tensor, b_scale: Tensor, out_dtype: torch.dtype
 ) -> Tensor:
+    if not has_int8_tensor_cores(a_MK.device):
+        return _tile_scaled_in_torch(a_MK, b_KN, a_scale, b_scale, out_dtype)
     return tile_scaled_int8_mm_triton(a_MK, b_KN, a_scale, b_scale, out_dtype=out_dtype)
 
 
-def _tile_scaled_on_cpu(
+def _tile_scaled_in_torch(
     a_MK: Tensor, b_KN: Tensor, a_scale: Tensor, b_scale: Tensor, out_dtype: torch.dtype
 ) -> Tensor:
     M, N = a_MK.shape[0], b_KN.shape[1]
@@ -510,7 +524,7 @@ _library.define(
     "ScalarType out_dtype, Tensor? bias_N=None) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
-_library.impl("scaled_int8_mm", _scaled_int8_mm_cpu, "CPU")
+_library.impl("scaled_int8_mm", _scaled_int8_mm_in_torch, "CPU")
 _library.impl("scaled_int8_mm", _scaled_int8_mm_cuda, "CUDA")
 torch.library.register_fake("qrecipes::scaled_int8_mm", _scaled_int8_mm_fake, lib=_library)
 _library.define(
@@ -518,6 +532,6 @@ _library.define(
     "ScalarType out_dtype) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
-_library.impl("tile_scaled_int8_mm", _tile_scaled_on_cpu, "CPU")
+_library.impl("tile_scaled_int8_mm", _tile_scaled_in_torch, "CPU")
 _library.impl("tile_scaled_int8_mm", _tile_scaled_on_cuda, "CUDA")
 torch.library.register_fake("qrecipes::tile_scaled_int8_mm", _tile_scaled_fake, lib=_library)

@@ -11,7 +11,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qrecipes.quant.int8_matmul import HAS_TRITON, _current_device, _limits, _require_triton
+from qrecipes.quant.int8_matmul import (
+    HAS_TRITON,
+    _current_device,
+    _limits,
+    _require_triton,
+    has_int8_tensor_cores,
+)
 from qrecipes.quant.primitives import quantize_int8
 
 if HAS_TRITON:
@@ -74,7 +80,7 @@ def _check(where: str, x_MK: Tensor) -> None:
             f"{where}.x_MK: {x_MK.dtype} of shape {tuple(x_MK.shape)}, where a floating matrix is needed; "
             "flatten leading dimensions, or convert it with x.float()"
         )
-    if x_MK.is_cuda:
+    if x_MK.is_cuda and has_int8_tensor_cores(x_MK.device):
         _require_triton()
 
 
@@ -104,13 +110,13 @@ def _columns_fake(x_MK: Tensor, seed: Tensor | None = None) -> tuple[Tensor, Ten
     return _int8_like(x_MK, K, M), x_MK.new_empty((K, 1), dtype=torch.float32)
 
 
-def _rows_on_cpu(x_MK: Tensor, seed: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def _rows_in_torch(x_MK: Tensor, seed: Tensor | None = None) -> tuple[Tensor, Tensor]:
     q_MK, scale_M1 = _rows_fake(x_MK)
     q, scale = _seeded(x_MK, 1, seed)
     return q_MK.copy_(q), scale_M1.copy_(scale)
 
 
-def _columns_on_cpu(x_MK: Tensor, seed: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def _columns_in_torch(x_MK: Tensor, seed: Tensor | None = None) -> tuple[Tensor, Tensor]:
     q_KM, scale_K1 = _columns_fake(x_MK)
     q, scale = _seeded(x_MK, 0, None if seed is None else seed + 1)
     return q_KM.copy_(q.t()), scale_K1.copy_(scale.t())
@@ -119,19 +125,28 @@ def _columns_on_cpu(x_MK: Tensor, seed: Tensor | None = None) -> tuple[Tensor, T
 def _seeded(x_MK: Tensor, dim: int, seed: Tensor | None) -> tuple[Tensor, Tensor]:
     if seed is None:
         return quantize_int8(x_MK, dim)
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(int(seed))
+    devices = [x_MK.device] if x_MK.is_cuda else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(int(seed))
         return quantize_int8(x_MK, dim, stochastic_rounding=True)
 
 
+def _rows_on_cuda(x_MK: Tensor, seed: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    return (quantize_rows_triton if has_int8_tensor_cores(x_MK.device) else _rows_in_torch)(x_MK, seed)
+
+
+def _columns_on_cuda(x_MK: Tensor, seed: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    return (quantize_columns_triton if has_int8_tensor_cores(x_MK.device) else _columns_in_torch)(x_MK, seed)
+
+
 _library = torch.library.Library("qrecipes", "FRAGMENT")
-for _name, _on_cpu, _on_cuda, _fake in (
-    ("quantize_rows", _rows_on_cpu, quantize_rows_triton, _rows_fake),
-    ("quantize_columns", _columns_on_cpu, quantize_columns_triton, _columns_fake),
+for _name, _in_torch, _on_cuda, _fake in (
+    ("quantize_rows", _rows_in_torch, _rows_on_cuda, _rows_fake),
+    ("quantize_columns", _columns_in_torch, _columns_on_cuda, _columns_fake),
 ):
     _library.define(
         f"{_name}(Tensor x_MK, Tensor? seed=None) -> (Tensor, Tensor)", tags=(torch.Tag.pt2_compliant_tag,)
     )
-    _library.impl(_name, _on_cpu, "CPU")
+    _library.impl(_name, _in_torch, "CPU")
     _library.impl(_name, _on_cuda, "CUDA")
     torch.library.register_fake(f"qrecipes::{_name}", _fake, lib=_library)

@@ -144,6 +144,13 @@ class Transform(abc.ABC, Generic[C]):
     def check(self, run: Run) -> None:
         """Raise ConfigError where the run contradicts the method; called before a model is built."""
 
+    def check_device(self, device: torch.device) -> None:
+        """Raise ConfigError where the method cannot train on `device`; called before a model is built."""
+
+    def reason_to_leave(self, fqn: str, module: nn.Module) -> str | None:
+        """Why the layer called `fqn` is left alone, or None where it is to be changed."""
+        return self.config.reason_to_skip(fqn)
+
     @abc.abstractmethod
     def sites(self, model: nn.Module) -> dict[str, nn.Module]:
         """Modules of the unchanged model that `swap` will replace, by fully qualified name."""
@@ -242,11 +249,11 @@ class LinearTransform(Transform[C]):
         return layer
 
     def sites(self, model: nn.Module) -> dict[str, nn.Module]:
-        """Plain linear layers that `targets` and `skip` select."""
+        """Plain linear layers that there is no reason to leave alone."""
         return {
             fqn: module
             for fqn, module in model.named_modules()
-            if type(module) is nn.Linear and self.config.reason_to_skip(fqn) is None
+            if type(module) is nn.Linear and self.reason_to_leave(fqn, module) is None
         }
 
     def swap(self, model: nn.Module) -> nn.Module:

@@ -71,6 +71,11 @@ class Chain:
         for transform in self.transforms:
             transform.check(run)
 
+    def check_device(self, device: torch.device) -> None:
+        """Raise ConfigError where a transform cannot train on `device`."""
+        for transform in self.transforms:
+            transform.check_device(device)
+
     def swap(
         self, model: nn.Module, *, loss: probe.Loss | None = None, device: torch.device | None = None
     ) -> nn.Module:
@@ -93,7 +98,7 @@ class Chain:
         for transform in self.transforms:
             sites = transform.sites(model)
             if not sites:
-                raise ConfigError(self._selected_nothing(transform, [row.fqn for row in rows]))
+                raise ConfigError(self._selected_nothing(transform, model))
             recordings = probe.record(model, sites, loss) if loss is not None else {}
             model = transform.swap(model)
             swapped = transform.layers(model)
@@ -124,14 +129,17 @@ class Chain:
         return model
 
     @staticmethod
-    def _selected_nothing(transform: Transform, names: list[str]) -> str:
+    def _selected_nothing(transform: Transform, model: nn.Module) -> str:
         config = transform.config
-        some = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+        linears = list(named_linears(model))
+        some = [
+            f"{fqn} ({transform.reason_to_leave(fqn, layer) or 'not free'})" for fqn, layer in linears[:3]
+        ]
+        listed = (": " + ", ".join(some) if some else "") + (", ..." if len(linears) > 3 else "")
         return (
             f"transform {transform.name}: targets {list(config.targets)} less skip {list(config.skip)} "
-            f"select no plain "
-            f"linear layer that is still free; a transform must change at least one; the model has "
-            f"{len(names)}{': ' + some if names else ''}"
+            "select no plain linear layer that is still free; a transform must change at least one; "
+            f"the model has {len(linears)}{listed}"
         )
 
     def _explain(self, rows: list[LayerReceipt], linears: dict[str, nn.Linear]) -> None:
@@ -140,7 +148,8 @@ class Chain:
                 if type(linears[row.fqn]) is not nn.Linear:
                     row.reason = f"{type(linears[row.fqn]).__name__} is no plain nn.Linear"
                 else:
-                    reasons = [transform.config.reason_to_skip(row.fqn) for transform in self.transforms]
+                    layer = linears[row.fqn]
+                    reasons = [t.reason_to_leave(row.fqn, layer) for t in self.transforms]
                     row.reason = "; ".join(dict.fromkeys(r for r in reasons if r)) or "no transform"
 
     def _freeze(self, model: nn.Module) -> None:

@@ -21,14 +21,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeAlias, TypeVar
+from typing import Annotated, Any, ClassVar, TypeAlias, TypeVar
 
 import torch
+from annotated_types import Ge
 from torch import Tensor, nn
 
 from qrecipes.errors import ConfigError
 from qrecipes.quant.int8_gathered import gathered_as_int8, int8_rows
-from qrecipes.quant.int8_matmul import scaled_int8_mm
+from qrecipes.quant.int8_matmul import has_int8_tensor_cores, scaled_int8_mm
 from qrecipes.quant.int8_quantize import quantize_columns, quantize_rows
 from qrecipes.quant.primitives import dequantize_int8
 from qrecipes.transforms.base import Bounds, LinearTransform, TransformConfig, register
@@ -51,7 +52,7 @@ STOCHASTIC_ROUNDING_DB = 3.0
 class Int8MixedPrecisionConfig(TransformConfig):
     """Which products of a linear layer are computed in INT8, and how their operands are rounded."""
 
-    free_on_resume: ClassVar[tuple[str, ...]] = ("int8_all_gather",)
+    free_on_resume: ClassVar[tuple[str, ...]] = ("int8_all_gather", "emulate")
     output: bool = True
     """Compute the output in INT8."""
     grad_input: bool = True
@@ -74,6 +75,13 @@ class Int8MixedPrecisionConfig(TransformConfig):
     from the exact one; more where few input channels hold the largest values of every row. With
     `stochastic_rounding` every gather draws anew. A run of one process computes the same, and saves nothing
     by it."""
+
+    min_size: Annotated[float, Ge(0)] = 700.0
+    """Layers whose in_features * out_features / (in_features + out_features) is smaller are left alone: what
+    their products save, quantization costs. Measured on an H100 (tools/bench_layers.py); 0 takes them all."""
+    emulate: bool = False
+    """Where there are no INT8 tensor cores (CPU, GPUs before Ampere) compute the same numbers in plain
+    PyTorch, slowly, rather than refuse. It changes nothing where there are."""
 
     def __post_init__(self) -> None:
         if self.int8_all_gather and not self.output:
@@ -116,11 +124,15 @@ class Int8MixedPrecisionLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., K] -> [..., N], in the weight's dtype."""
-        if input.dtype is not self.weight.dtype:
+        autocast = not input.is_meta and torch.is_autocast_enabled(input.device.type)
+        if input.dtype is not self.weight.dtype or autocast:
             raise ValueError(
-                f"Int8MixedPrecisionLinear.input: {input.dtype}, but the weight is {self.weight.dtype}; "
-                "use one dtype for both, and no autocast"
+                f"Int8MixedPrecisionLinear.input: {input.dtype}, the weight is {self.weight.dtype}, and "
+                f"autocast is {'on' if autocast else 'off'}; INT8 products come in the weight's type, so use "
+                "one dtype for both, and no autocast"
             )
+        if not (self.config.emulate or input.is_cuda):
+            raise ConfigError(_without_cores(input.device))
         keeps_int8 = self.config.save_int8_input and self.weight.requires_grad and torch.is_grad_enabled()
         q_NK, scale_N1 = int8_rows(self.weight)
         return _Int8Linear.apply(input, self.weight, self.bias, self.config, keeps_int8, q_NK, scale_N1)
@@ -151,6 +163,21 @@ class Int8MixedPrecision(LinearTransform[Int8MixedPrecisionConfig]):
     def freezes_rest(self) -> bool:
         """No: it owns no parameters, and changes only how products are computed."""
         return False
+
+    def check_device(self, device: torch.device) -> None:
+        """Raise ConfigError where `device` has no INT8 tensor cores, and none are to be emulated."""
+        if not (self.config.emulate or has_int8_tensor_cores(device)):
+            raise ConfigError(_without_cores(device))
+
+    def reason_to_leave(self, fqn: str, module: nn.Module) -> str | None:
+        """A name that is not selected, or a size that INT8 would slow down."""
+        if (reason := super().reason_to_leave(fqn, module)) or not isinstance(module, nn.Linear):
+            return reason
+        sides = module.in_features, module.out_features
+        size = math.prod(sides) / max(1, sum(sides))
+        if size >= self.config.min_size:
+            return None
+        return f"{sides[1]} x {sides[0]} is too small to gain: {size:.0f} < min_size {self.config.min_size:g}"
 
     def before_shard(self, model: nn.Module) -> None:
         """With `int8_all_gather`, make FSDP2 gather the weights of this method's layers as INT8 rows.
@@ -189,6 +216,14 @@ class Int8MixedPrecision(LinearTransform[Int8MixedPrecisionConfig]):
             grad_input=GRADIENT_FLOOR_DB - cost if config.grad_input else None,
             grad_weight=GRADIENT_FLOOR_DB - cost if config.grad_weight else None,
         )
+
+
+def _without_cores(device: torch.device) -> str:
+    return (
+        f"int8_mixed_precision: the device is {device}, but INT8 products need the tensor cores of an NVIDIA "
+        "GPU of compute capability 8.0 or later; use such a device, or set emulate = true to compute the "
+        "same numbers slowly"
+    )
 
 
 class _Int8Linear(torch.autograd.Function):

@@ -59,7 +59,9 @@ def network(shape: tuple[int, int], dtype: torch.dtype, device: torch.device, **
     """One swapped layer with a bias, the same on every rank."""
     torch.manual_seed(1)
     linear = nn.Linear(*shape, dtype=dtype, device=device)
-    chain = Chain.from_configs([Int8MixedPrecisionConfig(int8_all_gather=True, **config)])
+    chain = Chain.from_configs(
+        [Int8MixedPrecisionConfig(int8_all_gather=True, min_size=0, emulate=True, **config)]
+    )
     return chain.swap(nn.Sequential(linear))
 
 

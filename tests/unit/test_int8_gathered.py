@@ -26,10 +26,12 @@ from qrecipes.transforms.int8_mixed_precision import (
 )
 
 GATHERED = {"int8_all_gather": True}
+EMULATED = {"emulate": True, "min_size": 0}
+"""For small layers on a CPU."""
 
 
 def swapped(linear: nn.Linear, **config: bool) -> Int8MixedPrecisionLinear:
-    return Int8MixedPrecisionLinear.from_linear(linear, Int8MixedPrecisionConfig(**config))
+    return Int8MixedPrecisionLinear.from_linear(linear, Int8MixedPrecisionConfig(**EMULATED, **config))
 
 
 def gather(weight: torch.Tensor, world: int, stochastic_rounding: bool = False) -> Int8Rows:
@@ -289,7 +291,7 @@ def test_before_shard_marks_the_methods_weights_alone():
     tied.weight = network[0].weight
     network.append(tied)
     for option in (False, True):
-        method = Int8MixedPrecision(Int8MixedPrecisionConfig(skip=("1",), int8_all_gather=option))
+        method = Int8MixedPrecision(Int8MixedPrecisionConfig(**EMULATED, skip=("1",), int8_all_gather=option))
         swapped_network = method.swap(copy.deepcopy(network))
         weights = [layer.weight for layer in swapped_network]
         method.before_shard(swapped_network)
@@ -303,7 +305,7 @@ def test_before_shard_marks_the_methods_weights_alone():
 def test_a_weight_that_another_module_reads_is_refused():
     network = nn.ModuleDict({"embed": nn.Embedding(16, 8), "head": nn.Linear(8, 16, bias=False)})
     network["head"].weight = network["embed"].weight
-    method = Int8MixedPrecision(Int8MixedPrecisionConfig(skip=(), **GATHERED))
+    method = Int8MixedPrecision(Int8MixedPrecisionConfig(**EMULATED, skip=(), **GATHERED))
     network = method.swap(network)
     with pytest.raises(ConfigError, match=r"head.weight is also embed.weight, .*; add 'head' to skip"):
         method.before_shard(network)
@@ -330,7 +332,7 @@ def test_the_bounds_of_the_probe_hold():
     x[:, 5] *= 100
     linear = nn.Linear(96, 64)
     linear.weight.data = heavy.sample((64, 96)) * 0.02
-    config = Int8MixedPrecisionConfig(**GATHERED)
+    config = Int8MixedPrecisionConfig(**EMULATED, **GATHERED)
     found, plain = products(swapped(linear, **GATHERED), x, grad_y), products(linear, x, grad_y)
     bounds = Int8MixedPrecision(config).bounds()
     for name in ("output", "grad_input", "grad_weight"):

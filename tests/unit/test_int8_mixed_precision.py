@@ -12,10 +12,12 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torchao.quantization import quantize_
 
+from qrecipes.cli.main import main
 from qrecipes.errors import ConfigError
 from qrecipes.quant import int8_matmul
 from qrecipes.quant.primitives import sqnr_db
 from qrecipes.transforms import int8_mixed_precision
+from qrecipes.transforms.chain import Chain
 from qrecipes.transforms.int8_mixed_precision import (
     Int8MixedPrecision,
     Int8MixedPrecisionConfig,
@@ -32,8 +34,12 @@ ROUNDINGS = {torch.float32: 2e-6, torch.bfloat16: 2.0**-7}
 """Relative to the largest value: three float32 roundings and a bias; one or two bfloat16 roundings."""
 
 
+EMULATED = {"emulate": True, "min_size": 0}
+"""For small layers on a CPU."""
+
+
 def swapped(linear: nn.Linear, **config: bool) -> Int8MixedPrecisionLinear:
-    return Int8MixedPrecisionLinear.from_linear(linear, Int8MixedPrecisionConfig(**config))
+    return Int8MixedPrecisionLinear.from_linear(linear, Int8MixedPrecisionConfig(**EMULATED, **config))
 
 
 def products(layer: nn.Linear, x: torch.Tensor, grad_y: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -214,7 +220,7 @@ def test_bounds_hold_on_heavy_tails(degrees, dtype, stochastic_rounding):
     x, grad_y = heavy.sample((256, 96)).to(dtype), heavy.sample((256, 64)).to(dtype)
     x[:, 5] *= 100
     linear = nn.Linear(96, 64, dtype=dtype)
-    config = Int8MixedPrecisionConfig(stochastic_rounding=stochastic_rounding)
+    config = Int8MixedPrecisionConfig(**EMULATED, stochastic_rounding=stochastic_rounding)
     found = products(Int8MixedPrecisionLinear.from_linear(linear, config), x, grad_y)
     plain = products(linear, x, grad_y)
     bounds = Int8MixedPrecision(config).bounds()
@@ -333,10 +339,10 @@ def test_torchao_quantize_applies_the_configuration():
     weight = network[0].weight
     x = torch.randn(9, 40)
     plain = network(x)
-    quantize_(network, Int8MixedPrecisionConfig(grad_weight=False))
+    quantize_(network, Int8MixedPrecisionConfig(**EMULATED, grad_weight=False))
     assert [type(m) for m in network] == [Int8MixedPrecisionLinear, nn.ReLU, Int8MixedPrecisionLinear]
     assert network[0].weight is weight
-    assert network[0].config == Int8MixedPrecisionConfig(grad_weight=False)
+    assert network[0].config == Int8MixedPrecisionConfig(**EMULATED, grad_weight=False)
     assert not torch.equal(network(x), plain)
     assert sqnr_db(plain, network(x)) > 30  # two layers of about 40 dB
 
@@ -345,7 +351,7 @@ def test_swap_then_finalize_gives_the_plain_model_back():
     network = nn.Sequential(nn.Linear(40, 24), nn.ReLU(), nn.Linear(24, 8))
     x = torch.randn(9, 40)
     plain, parameters = network(x), list(network.parameters())
-    method = Int8MixedPrecision(Int8MixedPrecisionConfig(skip=("2",)))
+    method = Int8MixedPrecision(Int8MixedPrecisionConfig(**EMULATED, skip=("2",)))
     network = method.swap(network)
     assert list(method.layers(network)) == ["0"]
     assert method.freezes_rest is False
@@ -387,7 +393,7 @@ def test_other_dtypes_are_refused():
     with pytest.raises(ConfigError, match=r"torch.float16 weights; .*; use one of these as model.dtype"):
         swapped(nn.Linear(4, 3, dtype=torch.float16))
     with pytest.raises(
-        ValueError, match=r"input: torch.float32, but the weight is torch.bfloat16; use one dtype"
+        ValueError, match=r"input: torch.float32, the weight is torch.bfloat16, .* use one dtype"
     ):
         swapped(nn.Linear(4, 3, dtype=torch.bfloat16))(torch.randn(2, 4))
 
@@ -442,3 +448,54 @@ def test_int8_input_without_grad_weight_is_refused():
         ConfigError, match=r"save_int8_input: true, but grad_weight is false .* set grad_weight"
     ):
         Int8MixedPrecisionConfig(grad_weight=False, save_int8_input=True)
+
+
+def test_no_tensor_cores_is_an_error_that_names_the_remedy():
+    layer = Int8MixedPrecisionLinear.from_linear(nn.Linear(32, 16), Int8MixedPrecisionConfig())
+    with pytest.raises(ConfigError, match=r"cpu, but INT8 products need .* set emulate = true"):
+        layer(torch.randn(3, 32))
+    with pytest.raises(ConfigError, match=r"emulate = true"):
+        Int8MixedPrecision(Int8MixedPrecisionConfig()).check_device(torch.device("cpu"))
+    Int8MixedPrecision(Int8MixedPrecisionConfig(emulate=True)).check_device(torch.device("cpu"))
+
+
+def test_a_run_without_tensor_cores_stops_before_its_model_is_built(tmp_path, capsys):
+    overrides = ["transform.0.emulate=false", f'output="{tmp_path}"', 'device="cpu"']
+    with pytest.raises(SystemExit, match="2"):
+        main(["run", "train", "--config", "tiny/llm_int8_mixed_precision", *overrides])
+    assert "emulate = true" in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
+
+
+def test_autocast_is_refused_by_name():
+    layer = swapped(nn.Linear(32, 16))
+    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(ValueError, match="autocast is on"):
+        layer(torch.randn(3, 32))
+
+
+def test_layers_too_small_to_gain_are_left_alone_and_the_receipt_says_why():
+    model = nn.Sequential(nn.Linear(2048, 2048, bias=False), nn.Linear(2048, 512, bias=False))
+    chain = Chain.from_configs([Int8MixedPrecisionConfig()])
+    chain.swap(model)
+    assert [type(layer) for layer in model] == [Int8MixedPrecisionLinear, nn.Linear]
+    first, second = chain.receipt.layers
+    assert first.method == "int8_mixed_precision"
+    assert second.method is None
+    assert second.reason == "512 x 2048 is too small to gain: 410 < min_size 700"
+    with pytest.raises(ConfigError, match=r"0 \(16 x 32 is too small to gain: 11 < min_size 700\)"):
+        Chain.from_configs([Int8MixedPrecisionConfig()]).swap(nn.Sequential(nn.Linear(32, 16)))
+    everything = nn.Sequential(nn.Linear(32, 16))
+    Chain.from_configs([Int8MixedPrecisionConfig(min_size=0)]).swap(everything)
+    assert isinstance(everything[0], Int8MixedPrecisionLinear)
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_reaches_output_and_gradients(poison):
+    layer = swapped(nn.Linear(32, 16, bias=False))
+    x = torch.randn(4, 32)
+    x[2, 5] = poison
+    x.requires_grad_(True)
+    y = layer(x)
+    assert (~torch.isfinite(y)).all(1).tolist() == [False, False, True, False]
+    y[0].sum().backward()  # the poisoned token's gradient is zero, yet its input enters grad_weight
+    assert (~torch.isfinite(layer.weight.grad)).all(0).tolist() == [k == 5 for k in range(32)]
