@@ -3,9 +3,9 @@
     tools/bench_layers.py [--tokens 8192 16384] [--output FILE.json]
 
 Prints the time of both, and the `size` K N / (K + N) that `int8_mixed_precision.min_size` is compared with. A
-layer's calls are captured in a CUDA graph and replayed, so that launches from Python are not measured. Last come,
-for each number of tokens, the largest size that lost and the smallest that won; the two overlap where the size
-alone does not decide.
+layer's calls are captured in a CUDA graph and replayed, so that launches from Python are not measured. Last
+come, for each number of tokens, the largest size that lost and the smallest that won; the two overlap where
+the size alone does not decide.
 """
 
 from __future__ import annotations
