@@ -12,6 +12,7 @@ from torch.optim import SGD, AdamW, Optimizer
 from qrecipes import compat
 from qrecipes.errors import ConfigError
 from qrecipes.training.stochastic_adamw import StochasticAdamW
+from qrecipes.training.stored_weights import with_stored_weights
 from qrecipes.transforms.base import ParamGroup
 
 if TYPE_CHECKING:
@@ -22,12 +23,12 @@ def build_optimizer(groups: Sequence[ParamGroup], optim: OptimSection) -> Optimi
     """The optimizer of `groups`. Vectors (norms, biases) are never decayed, whatever the run's weight decay.
 
     Raises:
-        ConfigError: if there is nothing to train.
+        ConfigError: if there is nothing to train, or the optimizer cannot update a stored weight.
     """
     settings = [setting for group in groups for setting in _settings(group, optim)]
     if not settings:
         raise ConfigError("nothing trains: no transform owns a trainable parameter, and the rest is frozen")
-    return OPTIMIZERS[optim.name](settings, optim)
+    return with_stored_weights(settings, lambda part: OPTIMIZERS[optim.name](part, optim))
 
 
 def _settings(group: ParamGroup, optim: OptimSection) -> list[dict[str, Any]]:
