@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map_only
 
 from qrecipes.quant.int8_quantize import quantize_rows
@@ -52,8 +53,8 @@ class StoredInt8(torch.Tensor):
         G = scale_NG.shape[1]
         if scale_NG.shape[0] != N or G == 0 or K % G:
             raise ValueError(
-                f"StoredInt8.scale_NG: shape {tuple(scale_NG.shape)} for values of {(N, K)}; give a scale for "
-                "each row, or for each of several equal parts of it"
+                f"StoredInt8.scale_NG: shape {tuple(scale_NG.shape)} for values of {(N, K)}; give a scale "
+                "for each row, or for each of several equal parts of it"
             )
         stored = torch.Tensor._make_wrapper_subclass(cls, q_NK.shape, dtype=dtype, device=q_NK.device)
         stored.q, stored.scale, stored.num_rows = q_NK, scale_NG, N if num_rows is None else num_rows
@@ -162,14 +163,35 @@ class StoredInt8(torch.Tensor):
         return StoredInt8(q_NK, scale_NG, param_dtype, self.num_rows), ()
 
     def __repr__(self) -> str:  # type: ignore[override]
-        groups = self.scale.shape[1] if self.scale.ndim == 2 else 1
-        return f"StoredInt8(shape={tuple(self.shape)}, groups={groups}, dtype={self.dtype}, device={self.device})"
+        shape, groups = tuple(self.shape), self.scale.shape[1]
+        return f"StoredInt8(shape={shape}, groups={groups}, dtype={self.dtype}, device={self.device})"
 
 
 def dequantize_groups(q_NK: Tensor, scale_NG: Tensor, dtype: torch.dtype) -> Tensor:
-    """q * scale, each scale for its K / G columns, computed in float32 and rounded to `dtype` once, [N, K]."""
+    """q * scale, each scale for its K / G columns, [N, K], in float32 and rounded to `dtype` once."""
     (N, K), G = q_NK.shape, scale_NG.shape[1]
     return dequantize_int8(q_NK.view(N, G, K // G), scale_NG.view(N, G, 1), dtype).view(N, K)
+
+
+def plain_parts(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """INT8 values [N, K] and scales [N, G] of a stored weight, on its memory, and sharded where it is."""
+    weight = weight.detach()
+    part = weight.to_local() if isinstance(weight, DTensor) else weight
+    assert isinstance(part, StoredInt8), type(part)
+    if not isinstance(weight, DTensor):
+        return part.q, part.scale
+    q, scale = (
+        DTensor.from_local(
+            tensor,
+            weight.device_mesh,
+            weight.placements,
+            run_check=False,
+            shape=torch.Size((weight.shape[0], tensor.shape[1])),
+            stride=(tensor.shape[1], 1),
+        )
+        for tensor in (part.q, part.scale)
+    )
+    return q, scale
 
 
 def _quantize(value_NK: Tensor, groups: int, *, stochastic: bool) -> tuple[Tensor, Tensor]:
@@ -194,7 +216,11 @@ def _replace_moved_(
 @cache
 def _replacement(device_type: str) -> Callable[..., None]:
     """`_replace_moved_`, compiled where it would otherwise make weight-sized float32 tensors of its own."""
-    return torch.compile(_replace_moved_, fullgraph=True, dynamic=True) if device_type == "cuda" else _replace_moved_
+    return (
+        torch.compile(_replace_moved_, fullgraph=True, dynamic=True)
+        if device_type == "cuda"
+        else _replace_moved_
+    )
 
 
 Handler = Callable[..., Any]
@@ -276,7 +302,11 @@ def _view(func: Any, stored: StoredInt8, size: Sequence[int]) -> Any:
 
 @_handles(aten.as_strided.default)
 def _as_strided(
-    func: Any, stored: StoredInt8, size: Sequence[int], stride: Sequence[int], storage_offset: int | None = None
+    func: Any,
+    stored: StoredInt8,
+    size: Sequence[int],
+    stride: Sequence[int],
+    storage_offset: int | None = None,
 ) -> Any:
     """The whole, which FSDP2 asks for around what it gathered."""
     if tuple(size) == stored.shape and tuple(stride) == stored.stride() and not storage_offset:

@@ -1,8 +1,8 @@
 """Updates of weights that are stored in low precision, by any optimizer.
 
-The optimizer owns a float32 stand-in for each such weight, whose memory exists only while it is updated: it is
-filled with the dequantized weight, updated, and rounded back stochastically, with fresh scales. Weights go in
-buckets, so that few stand-ins have memory at a time. What an optimizer knows of a weight (decay, momentum,
+The optimizer owns a float32 stand-in for each such weight, whose memory exists only while it is updated: it
+is filled with the dequantized weight, updated, and rounded back stochastically, with fresh scales. Weights go
+in buckets, so that few stand-ins have memory at a time. What an optimizer knows of a weight (decay, momentum,
 quantized moments) works as ever, and nothing here names a format: a stored weight is whatever can be
 dequantized and requantized.
 """

@@ -11,26 +11,27 @@ much smaller than a step of the grid arrive on average.
 | grad_input  = dY W     | W dequantized: its scales lie along the contraction                        |
 | grad_weight = dY^T X   | high precision, in the type that the model computes in                     |
 
-Q-GaLore (arXiv 2407.08296) stores and updates its weights so, with asymmetric groups, and under a projection. How
-they are written is the optimizer's business: qrecipes.training.stored_weights.
+Q-GaLore (arXiv 2407.08296) stores and updates its weights so, with asymmetric groups, and under a projection.
+How they are written is the optimizer's business: qrecipes.training.stored_weights.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from qrecipes.errors import ConfigError
 from qrecipes.quant.int8_matmul import scaled_int8_mm
 from qrecipes.quant.int8_quantize import quantize_rows
-from qrecipes.quant.stored_int8 import DTYPES, StoredInt8, dequantize_groups
+from qrecipes.quant.stored_int8 import DTYPES, StoredInt8, dequantize_groups, plain_parts
 from qrecipes.transforms.base import Bounds, LinearTransform, TransformConfig, register
+
+AnyLinear = TypeVar("AnyLinear", bound=nn.Linear)
 
 OUTPUT_FLOOR_DB = 20.0
 GRAD_INPUT_FLOOR_DB = 20.0
@@ -73,7 +74,9 @@ class Int8WeightLinear(nn.Linear):
             input features.
         """
         _check_linear(linear, config, "a layer")
-        layer = cls(linear.in_features, linear.out_features, bias=False, device="meta", dtype=linear.weight.dtype)
+        layer = cls(
+            linear.in_features, linear.out_features, bias=False, device="meta", dtype=linear.weight.dtype
+        )
         layer.config = config
         stored = StoredInt8.of(linear.weight, config.group_size)
         layer.weight = nn.Parameter(stored, requires_grad=linear.weight.requires_grad)  # type: ignore[assignment]
@@ -93,14 +96,12 @@ class Int8WeightLinear(nn.Linear):
                 "Int8WeightLinear: called under autocast, which would compute the products in a type of its "
                 "own; leave autocast out, and choose the type by model.dtype"
             )
-        return _StoredLinear.apply(
-            input, weight, weight.q, weight.scale, self.bias, self.config.int8_forward
-        )
+        return _StoredLinear.apply(input, weight, weight.q, weight.scale, self.bias, self.config.int8_forward)
 
     def merged(self) -> nn.Linear:
         """The plain linear layer with the weight that the INT8 values stand for, and the same bias."""
         weight = self.weight
-        linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta", dtype=weight.dtype)
+        linear = _empty(nn.Linear, self)
         plain = dequantize_groups(weight.q, weight.scale, weight.dtype)
         linear.weight = nn.Parameter(plain, requires_grad=weight.requires_grad)
         linear.bias = self.bias
@@ -108,11 +109,12 @@ class Int8WeightLinear(nn.Linear):
 
     def extra_repr(self) -> str:
         """The linear layer's, and how the weight is stored."""
-        return f"{super().extra_repr()}, group_size={self.config.group_size}, int8_forward={self.config.int8_forward}"
+        config = self.config
+        return f"{super().extra_repr()}, group_size={config.group_size}, int8_forward={config.int8_forward}"
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[f"{prefix}weight"], destination[f"{prefix}{SCALE}"] = self._plain_parts()
+        destination[f"{prefix}weight"], destination[f"{prefix}{SCALE}"] = plain_parts(self.weight)
 
     def _load_from_state_dict(  # type: ignore[override]
         self,
@@ -127,13 +129,15 @@ class Int8WeightLinear(nn.Linear):
         """Copies the INT8 values and the scales; an empty layer, or `assign=True`, takes them over."""
         names = (f"{prefix}weight", f"{prefix}{SCALE}")
         found = {name: state_dict.pop(name) for name in names if name in state_dict}
-        rest = (local_metadata, strict, [], unexpected_keys, error_msgs)
-        super()._load_from_state_dict(state_dict, prefix, *rest)
-        missing_keys += [key for key in rest[2] if key != names[0]]  # type: ignore[attr-defined]
+        missing: list[str] = []
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs
+        )
+        missing_keys += [key for key in missing if key != names[0]]
         missing_keys += [name for name in names if name not in found]
         if len(found) < len(names):
             return
-        parts = self._plain_parts()
+        parts = plain_parts(self.weight)
         wrong = [
             f"{name}: {value.dtype} of shape {tuple(value.shape)}, where {part.dtype} of shape "
             f"{tuple(part.shape)} is needed"
@@ -150,25 +154,6 @@ class Int8WeightLinear(nn.Linear):
         with torch.no_grad():
             for part, value in zip(parts, found.values(), strict=True):
                 part.copy_(value)
-
-    def _plain_parts(self) -> tuple[Tensor, Tensor]:
-        """INT8 values [N, K] and scales [N, G] on the weight's own memory, sharded where the weight is."""
-        weight = self.weight.detach()
-        if not isinstance(weight, DTensor):
-            return weight.q, weight.scale
-        part = weight.to_local()
-        q, scale = (
-            DTensor.from_local(
-                tensor,
-                weight.device_mesh,
-                weight.placements,
-                run_check=False,
-                shape=torch.Size((weight.shape[0], tensor.shape[1])),
-                stride=(tensor.shape[1], 1),
-            )
-            for tensor in (part.q, part.scale)
-        )
-        return q, scale
 
 
 @register("int8_weights")
@@ -201,8 +186,8 @@ class Int8Weights(LinearTransform[Int8WeightConfig]):
             held = holders[id(linear.weight)]
             if len(held) > 1:
                 raise ConfigError(
-                    f"int8_weights: {held[0]} is also {held[1]}; a weight stored as INT8 belongs to one layer, "
-                    f"and the other would keep the old one; add {fqn!r} to skip"
+                    f"int8_weights: {held[0]} is also {held[1]}; a weight stored as INT8 belongs to one "
+                    f"layer, and the other would keep the old one; add {fqn!r} to skip"
                 )
         return super().swap(model)
 
@@ -257,6 +242,12 @@ class _StoredLinear(torch.autograd.Function):
 def _matrix(x: Tensor) -> Tensor:
     """Leading dimensions flattened, by number: -1 would be ambiguous for an empty tensor."""
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
+def _empty(cls: type[AnyLinear], linear: nn.Linear) -> AnyLinear:
+    """A `cls` of the shape of `linear` without parameters' memory and without bias."""
+    dtype = linear.weight.dtype
+    return cls(linear.in_features, linear.out_features, bias=False, device="meta", dtype=dtype)
 
 
 def _check_linear(linear: nn.Linear, config: Int8WeightConfig, name: str) -> None:
