@@ -93,8 +93,8 @@ class StoredInt8(torch.Tensor):
         """Take over a float32 value, with fresh scales; stochastic rounding draws from the device's default
         generator and is right on average.
 
-        A group whose values are those that it stands for keeps its bits: dividing q * scale by the scale is
-        not always q in float32, so that rounding alone could move it.
+        A group whose values are those that it stands for keeps its bits, and so does an entry where the scale
+        stays: in float32, q * scale divided by the scale is not always q, and rounding alone could move it.
         """
         new_q, new_scale = _quantize(value_NK, self.scale.shape[1], stochastic=stochastic)
         _replacement(self.device.type)(self.q, self.scale, new_q, new_scale, value_NK)
@@ -204,13 +204,15 @@ def _quantize(value_NK: Tensor, groups: int, *, stochastic: bool) -> tuple[Tenso
 def _replace_moved_(
     q_NK: Tensor, scale_NG: Tensor, new_q_NK: Tensor, new_scale_NG: Tensor, value_NK: Tensor
 ) -> None:
-    """Overwrite the groups whose value is no longer q * scale; NaN is none."""
+    """Overwrite what a value has moved: groups that it is equal to, and of groups whose scale stays the
+    entries that it is equal to, keep their bits. NaN is equal to nothing."""
     (N, K), G = q_NK.shape, scale_NG.shape[1]
-    shape = (N, G, K // G)
-    stands_for = q_NK.view(shape) * scale_NG.unsqueeze(-1)
-    moved_NG1 = (value_NK.reshape(shape) != stands_for).any(-1, keepdim=True)
-    q_NK.copy_(torch.where(moved_NG1, new_q_NK.view(shape), q_NK.view(shape)).view(N, K))
-    scale_NG.copy_(torch.where(moved_NG1.squeeze(-1), new_scale_NG, scale_NG))
+    shape, scale_NG1, new_scale_NG1 = (N, G, K // G), scale_NG.unsqueeze(-1), new_scale_NG.unsqueeze(-1)
+    same = value_NK.reshape(shape) == q_NK.view(shape) * scale_NG1
+    same_NG1 = same.all(-1, keepdim=True)
+    keep = same_NG1 | (same & (new_scale_NG1 == scale_NG1))
+    q_NK.copy_(torch.where(keep, q_NK.view(shape), new_q_NK.view(shape)).view(N, K))
+    scale_NG.copy_(torch.where(same_NG1.squeeze(-1), scale_NG, new_scale_NG))
 
 
 @cache

@@ -81,7 +81,7 @@ class StoredWeightOptimizer(Optimizer):
                     "them back, which gains nothing for weights stored in low precision; use another "
                     "optimizer, or leave out the transform that stores them"
                 )
-            for group, inner_group in zip(part.groups, part.inner.param_groups, strict=True):
+            for group, inner_group in part.paired(self.param_groups):
                 group.update({key: inner_group[key] for key in inner_group if key not in group})
 
     @torch.no_grad()
@@ -92,6 +92,8 @@ class StoredWeightOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for part in self._parts:
+            for group, inner_group in part.paired(self.param_groups):
+                _take_settings_(inner_group, group)
             part.step(self.state)
         return loss
 
@@ -125,18 +127,21 @@ class _StandIn:
 
 @dataclass(eq=False)
 class _Part:
-    """An inner optimizer, the outer groups that its groups stand for, and its stand-ins, if it has any."""
+    """An inner optimizer, which of the outer groups its groups stand for, and its stand-ins, if it has any."""
 
     inner: Optimizer
-    groups: list[dict[str, Any]]
+    places: Sequence[int]
     stand_ins: Sequence[_StandIn] = ()
     kept_types: Mapping[str, torch.dtype] = field(default_factory=dict)
     """The type of each weight-shaped state between steps, by key."""
 
+    def paired(self, groups: Sequence[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+        """Each outer group that this part has parameters of, and the inner group that stands for it."""
+        for place, inner_group in zip(self.places, self.inner.param_groups, strict=True):
+            yield groups[place], inner_group
+
     def step(self, state: Any) -> None:
         """Update what has a gradient; `state` is the outer optimizer's."""
-        for group, inner_group in zip(self.groups, self.inner.param_groups, strict=True):
-            _take_settings_(inner_group, group)
         if not self.stand_ins:
             self.inner.state = state
             self.inner.step()
@@ -165,15 +170,14 @@ class _Part:
 def _plain_part(groups: Sequence[dict[str, Any]], construct: Construct) -> Iterator[_Part]:
     """One inner optimizer for the parameters that are not stored low, if there are any."""
     plain = [[p for p in group["params"] if not is_stored_low(p)] for group in groups]
-    taking = [(group, params) for group, params in zip(groups, plain, strict=True) if params]
-    if taking:
-        inner = construct([{**group, "params": params} for group, params in taking])
-        yield _Part(inner, [group for group, _ in taking])
+    places = [place for place, params in enumerate(plain) if params]
+    if places:
+        yield _Part(construct([{**groups[place], "params": plain[place]} for place in places]), places)
 
 
 def _buckets(groups: Sequence[dict[str, Any]], construct: Construct) -> Iterator[_Part]:
     """An inner optimizer for each bucket of stored weights; a bucket has one group and one type."""
-    for group in groups:
+    for place, group in enumerate(groups):
         stored = [p for p in group["params"] if is_stored_low(p)]
         for dtype in dict.fromkeys(p.dtype for p in stored):
             kept_types = _types_of_state(group, construct, dtype)
@@ -183,7 +187,7 @@ def _buckets(groups: Sequence[dict[str, Any]], construct: Construct) -> Iterator
                     for stand_in in stand_ins:
                         stack.enter_context(stand_in.materialized())
                     inner = construct([{**group, "params": [stand_in.value for stand_in in stand_ins]}])
-                yield _Part(inner, [group], stand_ins, kept_types)
+                yield _Part(inner, [place], stand_ins, kept_types)
 
 
 def _cut(params: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
