@@ -127,7 +127,7 @@ class _StandIn:
 
 @dataclass(eq=False)
 class _Part:
-    """An inner optimizer, which of the outer groups its groups stand for, and its stand-ins, if it has any."""
+    """An inner optimizer, which of the outer groups its groups stand for, and its stand-ins, if any."""
 
     inner: Optimizer
     places: Sequence[int]

@@ -33,10 +33,10 @@ from qrecipes.transforms.base import Bounds, LinearTransform, TransformConfig, r
 
 AnyLinear = TypeVar("AnyLinear", bound=nn.Linear)
 
-# Least SQNR of one layer's product, in dB. Least seen in the pretrained 260K story Llama on Shakespeare: output
-# 39, with `int8_forward` 30, grad_input 32; with weights from Student's t with 1.5 degrees of freedom and an
-# input channel 100 times the others 22, 15 and 34: that INT8 forward is one to do without, so the bound does
-# not admit it.
+# Least SQNR of one layer's product, in dB. Least seen in the pretrained 260K story Llama on Shakespeare:
+# output 39, with `int8_forward` 30, grad_input 32; with weights from Student's t with 1.5 degrees of freedom
+# and an input channel 100 times the others 22, 15 and 34: that is a case for doing without `int8_forward`, so
+# the bound does not admit it.
 OUTPUT_FLOOR_DB = 20.0
 GRAD_INPUT_FLOOR_DB = 20.0
 SCALE = "weight_scale"
@@ -167,7 +167,9 @@ class Int8Weights(LinearTransform[Int8WeightConfig]):
     Config = Int8WeightConfig
     Layer = Int8WeightLinear
     sqnr_floor_db = 20.0  # least of 20 seeds on tiny decoders and ViTs: 35; with `int8_forward` 32
-    parity_rtol = 2e-2  # ranks round with numbers of their own; most seen in 6 steps: 5e-3, of a gradient's norm
+    parity_rtol = (
+        2e-2  # ranks round with numbers of their own; most seen in 6 steps: 5e-3, of a gradient's norm
+    )
 
     @property
     def freezes_rest(self) -> bool:

@@ -53,7 +53,7 @@ def assert_equal(found: dict, expected: dict) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("part", ["start", "gradients", "end", "loaded", "moments"])
+@pytest.mark.parametrize("part", ["start", "gradients", "end", "loaded", "moments", "values", "written"])
 def test_two_processes_equal_one_to_the_bit(one, two, case, part):
     assert_equal(two[case][part], one[case][part])
     if part == "end":

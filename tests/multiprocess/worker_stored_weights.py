@@ -9,6 +9,7 @@ nearest: what is left to differ is sharding. Only rank 0 writes.
 from __future__ import annotations
 
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ import qrecipes  # noqa: F401 - torchao's names, before it is imported
 from qrecipes.config.run import OptimSection
 from qrecipes.parallel import process as processes
 from qrecipes.parallel.process import Process
-from qrecipes.quant.sharded import whole
+from qrecipes.quant.sharded import whole, write_whole_
 from qrecipes.quant.stored_int8 import StoredInt8
 from qrecipes.training import stored_weights
 from qrecipes.training.optim import build_optimizer
@@ -38,7 +39,7 @@ STEPS = 4
 
 def network(dtype: torch.dtype, group_size: int | None, stored: bool, process: Process) -> nn.Module:
     seed_building(0)
-    layers = [nn.Linear(k, n, bias=False, dtype=dtype) for k, n in zip(WIDTHS, WIDTHS[1:], strict=False)]
+    layers = [nn.Linear(k, n, bias=False, dtype=dtype) for k, n in pairwise(WIDTHS)]
     model = nn.Sequential(*layers)
     if stored:
         model = Chain.from_configs([Int8WeightConfig(group_size=group_size)]).swap(model)
@@ -66,7 +67,11 @@ def train(dtype: torch.dtype, group_size: int | None, process: Process) -> dict:
     found["end"] = wholes(model)
     moments = {n: optimizer.state[p]["exp_avg"] for n, p in model.named_parameters()}
     found["moments"] = {n: whole(t).float().mean() for n, t in moments.items()}
+    found["values"] = {n: torch.add(whole(p), 0) for n, p in model.named_parameters()}
     other = network(dtype, group_size, True, process)
+    for p in other.parameters():
+        write_whole_(p, torch.linspace(-1, 1, p.numel()).view(p.shape).to(dtype))
+    found["written"] = wholes(other)
     other.load_state_dict(model.state_dict())
     found["loaded"] = wholes(other)
     with torch.no_grad():

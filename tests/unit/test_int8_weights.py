@@ -39,7 +39,7 @@ def products(layer: nn.Module, x: torch.Tensor, grad_y: torch.Tensor) -> dict[st
 
 
 def rounded(matrix: np.ndarray, group_size: int | None = None) -> np.ndarray:
-    """What INT8 keeps of a float32 matrix with a scale a row, or for each `group_size` columns, in float64."""
+    """What INT8 keeps of a float32 matrix, with a scale a row or for each `group_size` columns."""
     groups = matrix.reshape(-1, group_size or matrix.shape[1])
     scale = np.abs(groups).max(1, keepdims=True) / np.float32(127)
     q = np.rint(groups / np.where(scale == 0, np.float32(1), scale))
@@ -238,7 +238,7 @@ def test_state_dicts_that_do_not_fit_are_refused_by_name():
     with pytest.raises(RuntimeError, match=r"Unexpected key.*0\.other"):
         layer.load_state_dict(saved | {"0.other": torch.zeros(1)})
     rows = nn.Sequential(swapped(nn.Linear(40, 24))).state_dict()
-    with pytest.raises(RuntimeError, match=r"0\.weight_scale: torch.float32 of shape \(24, 1\), where .*\(24, 5\)"):
+    with pytest.raises(RuntimeError, match=r"0\.weight_scale: .* shape \(24, 1\), where .*\(24, 5\)"):
         layer.load_state_dict(rows)
     with pytest.raises(RuntimeError, match=r"0\.weight: torch.float32 of shape .* where torch.int8"):
         layer.load_state_dict(saved | {"0.weight": torch.zeros(24, 40)})
@@ -282,23 +282,23 @@ def test_second_derivatives_are_refused():
 
 
 def test_int8_forward_with_groups_is_refused():
-    with pytest.raises(ConfigError, match=r"int8_forward: true, but group_size is 8.*remove group_size, or set"):
+    with pytest.raises(ConfigError, match=r"int8_forward: true, but group_size is 8.*remove group_size"):
         Int8WeightConfig(group_size=8, int8_forward=True)
 
 
 def test_a_group_size_that_does_not_divide_names_the_layer_and_the_nearest_divisor():
     network = nn.Sequential(nn.Linear(40, 24), nn.Linear(24, 8))
     chain = Chain.from_configs([Int8WeightConfig(group_size=20)])
-    with pytest.raises(ConfigError, match=r"group_size: 20 does not divide the 24 input features of 1; use 24, or"):
+    with pytest.raises(ConfigError, match=r"20 does not divide the 24 input features of 1; use 24, or"):
         chain.swap(network)
     assert all(type(module) is nn.Linear for module in network)  # the model is as it was
-    with pytest.raises(ConfigError, match=r"group_size: 9 does not divide the 40 .* of a layer; use (8|10), or"):
+    with pytest.raises(ConfigError, match=r"9 does not divide the 40 .* of a layer; use (8|10), or"):
         swapped(nn.Linear(40, 24), group_size=9)
 
 
 def test_half_precision_is_refused():
     network = nn.Sequential(nn.Linear(40, 24, dtype=torch.float16))
-    with pytest.raises(ConfigError, match=r"0 has torch.float16 weights; .*; use one of these as model.dtype"):
+    with pytest.raises(ConfigError, match=r"0 has torch.float16 weights; .*; use one .* as model.dtype"):
         Chain.from_configs([Int8WeightConfig()]).swap(network)
 
 

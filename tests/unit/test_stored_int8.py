@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from qrecipes.quant import stored_int8
 from qrecipes.quant.sharded import is_composite, parts
 from qrecipes.quant.stored_int8 import StoredInt8, dequantize_groups, plain_parts
 
@@ -128,7 +129,9 @@ def test_stochastic_rounding_is_right_on_average_by_the_stored_scale():
     stored.requantize_(row.expand(DRAWS, 6).contiguous(), stochastic=True)
     step = 1.7 / 127
     bias = stored.dequantize().double().mean(0) - row.double()
-    assert (bias.abs() < 6 * 0.5 * step / math.sqrt(DRAWS)).all()  # six standard errors of a spread of half a step
+    assert (
+        bias.abs() < 6 * 0.5 * step / math.sqrt(DRAWS)
+    ).all()  # six standard errors of a spread of half a step
     assert stored.q.unique(dim=0).shape[0] > 8  # four values between two lattice points
 
 
@@ -141,6 +144,28 @@ def test_rounding_repeats_under_one_seed():
         found.append(stored.q.clone())
     assert torch.equal(found[0], found[1])
     assert not torch.equal(found[0], found[2])
+
+
+def test_replacing_compiled_as_for_a_gpu_equals_eager():
+    """One graph for many shapes, whose sizes are symbols."""
+    compiled = torch.compile(stored_int8._replace_moved_, fullgraph=True, dynamic=True, backend="aot_eager")
+    for N, K, group_size in (
+        (64, 32, None),
+        (48, 40, None),
+        (48, 40, 8),
+        (30, 48, 16),
+        (1, 7, None),
+        (0, 8, 4),
+    ):
+        ours, eager = (StoredInt8.of(torch.ones(N, K), group_size) for _ in range(2))
+        value, untouched = torch.randn(N, K), ours.dequantize()
+        value[::3] = untouched[::3]
+        new = StoredInt8.of(value, group_size)
+        for function, stored in ((compiled, ours), (stored_int8._replace_moved_, eager)):
+            function(stored.q, stored.scale, new.q, new.scale, value)
+        assert torch.equal(ours.q, eager.q)
+        assert torch.equal(ours.scale, eager.scale)
+        assert torch.equal(ours.q[1:2], new.q[1:2])
 
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
@@ -181,16 +206,24 @@ def test_reading_computes_on_the_dequantized_weight():
 def test_other_writes_are_refused():
     stored = StoredInt8.of(torch.randn(6, 40))
     for write in (lambda: stored.add_(1), lambda: stored.zero_(), lambda: stored.mul_(2)):
-        with pytest.raises(NotImplementedError, match=r"lost; compute the new value and give it to requantize_"):
+        with pytest.raises(
+            NotImplementedError, match=r"lost; compute the new value and give it to requantize_"
+        ):
             write()
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: StoredInt8.of(torch.randn(6, 40), 7), r"group_size 7 does not divide 40 inputs; use a divisor"),
+        (
+            lambda: StoredInt8.of(torch.randn(6, 40), 7),
+            r"group_size 7 does not divide 40 inputs; use a divisor",
+        ),
         (lambda: StoredInt8.of(torch.randn(6)), r"shape \(6,\), where a matrix is needed"),
-        (lambda: StoredInt8.of(torch.randn(6, 4, dtype=torch.float16)), r"float16 is not bfloat16 or float32"),
+        (
+            lambda: StoredInt8.of(torch.randn(6, 4, dtype=torch.float16)),
+            r"float16 is not bfloat16 or float32",
+        ),
         (lambda: StoredInt8.of(torch.randn(6, 4)).half(), r"float16 is not bfloat16 or float32"),
         (
             lambda: StoredInt8(torch.zeros(6, 4, dtype=torch.int8), torch.ones(5, 1), torch.float32),
@@ -238,7 +271,12 @@ def test_a_module_with_it_moves():
 
 def test_new_tensors_are_plain_and_rows_are_cut_on_the_same_memory():
     stored = StoredInt8.of(torch.randn(7, 40).bfloat16())
-    for fresh in (torch.zeros_like(stored), torch.empty_like(stored), stored.new_zeros(3), stored.new_empty(0)):
+    for fresh in (
+        torch.zeros_like(stored),
+        torch.empty_like(stored),
+        stored.new_zeros(3),
+        stored.new_empty(0),
+    ):
         assert type(fresh) is torch.Tensor
         assert fresh.dtype is torch.bfloat16
     assert torch.zeros_like(stored, dtype=torch.float32).dtype is torch.float32

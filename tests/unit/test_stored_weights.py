@@ -54,7 +54,7 @@ def test_one_step_is_the_optimizers_own_in_float32_rounded(name, dtype):
     """The same optimizer on a plain float32 twin of the dequantized weight, decay included."""
     p, bias = stored(dtype=dtype), nn.Parameter(torch.randn(64, dtype=dtype))
     twin, twin_bias = nn.Parameter(p.dequantize().clone()), nn.Parameter(bias.detach().float())
-    optim = dict(name=name, lr=3e-3, weight_decay=0.5)
+    optim = {"name": name, "lr": 3e-3, "weight_decay": 0.5}
     ours, plain = optimizer_of(p, bias, **optim), optimizer_of(twin, twin_bias, **optim)
     assert isinstance(ours, StoredWeightOptimizer)
     assert not isinstance(plain, StoredWeightOptimizer)
@@ -243,6 +243,26 @@ def test_buckets_bound_what_is_updated_together(monkeypatch):
             p.grad = torch.ones(p.shape)
         opt.step()
     assert all(equal(bits(a), bits(b)) for a, b in zip(params[:8], whole[:8], strict=True))
+
+
+def test_stand_ins_have_memory_only_while_their_bucket_is_updated(monkeypatch):
+    monkeypatch.setattr(stored_weights, "BUCKET_WEIGHTS", 2 * 64 * 64)
+    params = [stored(seed=i) for i in range(5)]
+    optimizer = optimizer_of(*params)
+    stand_ins = [stand_in for part in optimizer._parts for stand_in in part.stand_ins]
+
+    def held() -> int:
+        return sum(s.value.untyped_storage().nbytes() for s in stand_ins)
+
+    found = []
+    for part in optimizer._parts:
+        part.inner.register_step_pre_hook(lambda *_: found.append(held()))
+    assert held() == 0
+    for p in params:
+        p.grad = torch.ones(64, 64)
+    optimizer.step()
+    assert found == [2 * 64 * 64 * 4, 2 * 64 * 64 * 4, 64 * 64 * 4]
+    assert held() == 0
 
 
 def living(least: int) -> list[torch.Tensor]:
