@@ -7,6 +7,8 @@ import math
 import numpy as np
 import pytest
 import torch
+from harness import Trial, tiny_run
+from safetensors.torch import load_file
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torchao.quantization import quantize_
@@ -14,6 +16,7 @@ from torchao.quantization import quantize_
 from qrecipes.errors import ConfigError
 from qrecipes.quant.primitives import sqnr_db
 from qrecipes.quant.stored_int8 import StoredInt8
+from qrecipes.training import checkpoint
 from qrecipes.transforms.base import parameter_bytes
 from qrecipes.transforms.chain import Chain
 from qrecipes.transforms.int8_weights import Int8WeightConfig, Int8WeightLinear, Int8Weights
@@ -242,6 +245,25 @@ def test_state_dicts_that_do_not_fit_are_refused_by_name():
         layer.load_state_dict(rows)
     with pytest.raises(RuntimeError, match=r"0\.weight: torch.float32 of shape .* where torch.int8"):
         layer.load_state_dict(saved | {"0.weight": torch.zeros(24, 40)})
+
+
+def test_a_bfloat16_run_resumes_bit_for_bit(tmp_path):
+    """With moments that are rounded stochastically, too."""
+    run = tiny_run("llm", "int8_weights", output=str(tmp_path), steps=6)
+    unbroken = Trial.of(run, dtype=torch.bfloat16).advance(6)
+    first = Trial.of(run, dtype=torch.bfloat16)
+    beginning = first.advance(3)
+    position = first.data.state_dict()
+    folder = checkpoint.save(run, 3, first.model, first.optimizer, position, first.process)
+    second = Trial.of(run, dtype=torch.bfloat16)
+    second.done, position = checkpoint.restore(folder, run, second.model, second.optimizer, second.process)
+    second.data.load_state_dict(position)
+    assert beginning + second.advance(3) == unbroken
+    saved = load_file(folder / checkpoint.MODEL)
+    assert saved["layers.0.attn.q_proj.weight"].dtype is torch.int8
+    assert saved["layers.0.attn.q_proj.weight_scale"].dtype is torch.float32
+    moments = load_file(folder / checkpoint.OPTIMIZER)
+    assert moments["exp_avg_sq/layers.0.attn.q_proj.weight"].dtype is torch.bfloat16
 
 
 def test_torchao_quantize_applies_the_configuration():
