@@ -16,6 +16,7 @@ from qrecipes.training.in_backward import InBackward
 from qrecipes.training.offload import Offloaded
 from qrecipes.training.schedule_free_adamw import ScheduleFreeAdamW
 from qrecipes.training.stochastic_adamw import StochasticAdamW
+from qrecipes.training.stored_weights import is_stored_low, with_stored_weights
 from qrecipes.transforms.base import ParamGroup
 
 if TYPE_CHECKING:
@@ -26,14 +27,15 @@ def build_optimizer(groups: Sequence[ParamGroup], optim: OptimSection) -> Optimi
     """The optimizer of `groups`. Vectors (norms, biases) are never decayed, whatever the run's weight decay.
 
     Raises:
-        ConfigError: if there is nothing to train, or it is not where the optimizer can offload it from.
+        ConfigError: if there is nothing to train, it is not where the optimizer can offload it from, or the
+            optimizer cannot update a weight that is stored in low precision.
     """
     settings = [setting for group in groups for setting in _settings(group, optim)]
     if not settings:
         raise ConfigError("nothing trains: no transform owns a trainable parameter, and the rest is frozen")
 
     def construct(settings: list[dict[str, Any]]) -> Optimizer:
-        return OPTIMIZERS[optim.name](settings, optim)
+        return with_stored_weights(settings, lambda part: OPTIMIZERS[optim.name](part, optim))
 
     if optim.offload != "none":
         _check_offload(settings, optim)
@@ -49,6 +51,11 @@ def _check_offload(settings: list[dict[str, Any]], optim: OptimSection) -> None:
         raise ConfigError(
             f"optim.offload: {optim.offload!r} is for one GPU, and this run has several, over which FSDP2 "
             'shards the state; set offload = "none", or run one process'
+        )
+    if any(is_stored_low(p) for p in params):
+        raise ConfigError(
+            f"optim.offload: {optim.offload!r} keeps float32 weights on the CPU, but a transform stores "
+            'weights in low precision; set offload = "none", or leave out that transform'
         )
     if not all(p.is_cuda for p in params):
         raise ConfigError(

@@ -98,6 +98,14 @@ def test_probe_refuses_a_method_that_does_nothing(run, method, monkeypatch):
     cls = REGISTRY[method]
     if not hasattr(cls, "Layer"):
         pytest.skip("the method replaces no single layers")
+    from_linear = cls.Layer.from_linear
+
+    def untouched(linear, config):
+        layer = from_linear(linear, config)
+        layer.weight = linear.weight
+        return layer
+
+    monkeypatch.setattr(cls.Layer, "from_linear", untouched)
     monkeypatch.setattr(cls.Layer, "forward", lambda self, x: nn.functional.linear(x, self.weight, self.bias))
     with pytest.raises(ProbeError, match="bit-equal"):
         Trial.of(run, probe=True)

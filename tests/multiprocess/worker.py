@@ -64,16 +64,22 @@ def examine(case: str, process, folder: Path) -> dict:
     found = unbroken.advance(STEPS)
     first = Trial.of(run, process, dtype=dtype)
     beginning = first.advance(3)
-    torch.rand(3)  # as stochastic rounding would have drawn
     saved = checkpoint.save(run, 3, first.model, first.optimizer, first.data.state_dict(), process)
-    drawn = torch.rand(2)
+    drawn = next_draws()
     second = Trial.of(run, process, dtype=dtype)
+    torch.rand(3)  # what restoring must undo
     second.done, position = checkpoint.restore(saved, run, second.model, second.optimizer, process)
     second.data.load_state_dict(position)
-    draws = gather((drawn.tolist(), torch.rand(2).tolist()), process)
+    draws = gather((drawn, next_draws()), process)
     rows = gather(peek(second.data).inputs.flatten(1).tolist(), process)
     resumed = beginning + second.advance(STEPS - 3)
     return {"unbroken": found, "resumed": resumed, "draws": draws, "rows": rows}
+
+
+def next_draws() -> list[float]:
+    """What the generator will give next, and still will afterwards: a method may draw from it."""
+    with torch.random.fork_rng(devices=[]):
+        return torch.rand(2).tolist()
 
 
 def gather(value, process) -> list:

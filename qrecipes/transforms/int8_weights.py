@@ -1,0 +1,271 @@
+"""INT8 weights: linear layers whose weights are stored, gathered and updated as INT8.
+
+T tokens, K input features, N output features, W = q * scale the weight that INT8 values and float32 scales
+stand for. There is no other copy of it: the forward and the backward pass each make one for as long as their
+product takes, and an optimizer's update is added in float32 and rounded back stochastically, so that updates
+much smaller than a step of the grid arrive on average.
+
+| product                | operands                                                                  |
+|------------------------|---------------------------------------------------------------------------|
+| output      = X W^T    | W dequantized; with `int8_forward` rows of X in INT8 and q itself          |
+| grad_input  = dY W     | W dequantized: its scales lie along the contraction                        |
+| grad_weight = dY^T X   | high precision, in the type that the model computes in                     |
+
+Q-GaLore (arXiv 2407.08296) stores and updates its weights so, with asymmetric groups, and under a projection.
+How they are written is the optimizer's business: qrecipes.training.stored_weights.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Annotated, Any, TypeVar
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from qrecipes.errors import ConfigError
+from qrecipes.quant.int8_matmul import scaled_int8_mm
+from qrecipes.quant.int8_quantize import quantize_rows
+from qrecipes.quant.stored_int8 import DTYPES, StoredInt8, dequantize_groups, plain_parts
+from qrecipes.transforms.base import Bounds, LinearTransform, TransformConfig, register
+
+AnyLinear = TypeVar("AnyLinear", bound=nn.Linear)
+
+# Least SQNR of one layer's product, in dB. Least seen in the pretrained 260K story Llama on Shakespeare:
+# output 39, with `int8_forward` 30, grad_input 32; with weights from Student's t with 1.5 degrees of freedom
+# and an input channel 100 times the others 22, 15 and 34: that is a case for doing without `int8_forward`, so
+# the bound does not admit it.
+OUTPUT_FLOOR_DB = 20.0
+GRAD_INPUT_FLOOR_DB = 20.0
+SCALE = "weight_scale"
+"""Name of the scales in a state dict, beside the INT8 `weight`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Int8WeightConfig(TransformConfig):
+    """How weights are stored, and whether the output is computed in INT8."""
+
+    group_size: Annotated[int, Field(ge=1)] | None = None
+    """Input features that share a scale; it divides every layer's. Absent: one scale a row. Groups cost 4
+    bytes each, and less rounding where a row holds a few large weights."""
+    int8_forward: bool = False
+    """Compute the output from INT8 rows of the input and the weights as they are stored, on INT8 tensor
+    cores. Needs one scale a row."""
+
+    def __post_init__(self) -> None:
+        if self.int8_forward and self.group_size is not None:
+            raise ConfigError(
+                f"int8_weights.int8_forward: true, but group_size is {self.group_size}, and an INT8 product "
+                "sums a whole row under one scale; remove group_size, or set int8_forward to false"
+            )
+
+
+class Int8WeightLinear(nn.Linear):
+    """A linear layer whose weight is a `StoredInt8`; its state dict holds plain tensors, `weight` in INT8 and
+    `weight_scale`."""
+
+    weight: StoredInt8  # type: ignore[assignment] # a Parameter, too
+    config: Int8WeightConfig
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, config: Int8WeightConfig) -> Int8WeightLinear:
+        """A layer with the weight of `linear` rounded to nearest, and its bias.
+
+        Raises:
+            ConfigError: if the weight is neither bfloat16 nor float32, or the group size does not divide the
+            input features.
+        """
+        _check_linear(linear, config, "a layer")
+        layer = cls(
+            linear.in_features, linear.out_features, bias=False, device="meta", dtype=linear.weight.dtype
+        )
+        layer.config = config
+        stored = StoredInt8.of(linear.weight, config.group_size)
+        layer.weight = nn.Parameter(stored, requires_grad=linear.weight.requires_grad)  # type: ignore[assignment]
+        layer.bias = linear.bias
+        return layer
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[..., K] -> [..., N], in the type that the weight passes for."""
+        weight = self.weight
+        if input.dtype is not weight.dtype:
+            raise ValueError(
+                f"Int8WeightLinear.input: {input.dtype}, but the weight passes for {weight.dtype}; "
+                "use one dtype for both, and no autocast"
+            )
+        if not input.is_meta and torch.is_autocast_enabled(input.device.type):
+            raise ValueError(
+                "Int8WeightLinear: called under autocast, which would compute the products in a type of its "
+                "own; leave autocast out, and choose the type by model.dtype"
+            )
+        return _StoredLinear.apply(input, weight, weight.q, weight.scale, self.bias, self.config.int8_forward)
+
+    def merged(self) -> nn.Linear:
+        """The plain linear layer with the weight that the INT8 values stand for, and the same bias."""
+        weight = self.weight
+        linear = _empty(nn.Linear, self)
+        plain = dequantize_groups(weight.q, weight.scale, weight.dtype)
+        linear.weight = nn.Parameter(plain, requires_grad=weight.requires_grad)
+        linear.bias = self.bias
+        return linear
+
+    def extra_repr(self) -> str:
+        """The linear layer's, and how the weight is stored."""
+        config = self.config
+        return f"{super().extra_repr()}, group_size={config.group_size}, int8_forward={config.int8_forward}"
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}weight"], destination[f"{prefix}{SCALE}"] = plain_parts(self.weight)
+
+    def _load_from_state_dict(  # type: ignore[override]
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Copies the INT8 values and the scales; an empty layer, or `assign=True`, takes them over."""
+        names = (f"{prefix}weight", f"{prefix}{SCALE}")
+        found = {name: state_dict.pop(name) for name in names if name in state_dict}
+        missing: list[str] = []
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs
+        )
+        missing_keys += [key for key in missing if key != names[0]]
+        missing_keys += [name for name in names if name not in found]
+        if len(found) < len(names):
+            return
+        parts = plain_parts(self.weight)
+        wrong = [
+            f"{name}: {value.dtype} of shape {tuple(value.shape)}, where {part.dtype} of shape "
+            f"{tuple(part.shape)} is needed"
+            for (name, value), part in zip(found.items(), parts, strict=True)
+            if value.shape != part.shape or value.dtype is not part.dtype
+        ]
+        error_msgs += wrong
+        if wrong:
+            return
+        if local_metadata.get("assign_to_params_buffers", False):
+            stored = StoredInt8(found[names[0]], found[names[1]], self.weight.dtype)
+            self.weight = nn.Parameter(stored, requires_grad=self.weight.requires_grad)  # type: ignore[assignment]
+            return
+        with torch.no_grad():
+            for part, value in zip(parts, found.values(), strict=True):
+                part.copy_(value)
+
+
+@register("int8_weights")
+class Int8Weights(LinearTransform[Int8WeightConfig]):
+    """Weights stored as INT8, which train, with an update that any optimizer computes."""
+
+    Config = Int8WeightConfig
+    Layer = Int8WeightLinear
+    sqnr_floor_db = 20.0  # least of 20 seeds on tiny decoders and ViTs: 35; with `int8_forward` 32
+    parity_rtol = (
+        2e-2  # ranks round with numbers of their own; most seen in 6 steps: 5e-3, of a gradient's norm
+    )
+
+    @property
+    def freezes_rest(self) -> bool:
+        """No: it changes how the weights of its layers are stored, and everything trains as before."""
+        return False
+
+    def swap(self, model: nn.Module) -> nn.Module:
+        """Replace every site.
+
+        Raises:
+            ConfigError: if a weight is held by another module, too, or a layer cannot be stored as asked.
+        """
+        holders: dict[int, list[str]] = {}
+        for fqn, module in model.named_modules(remove_duplicate=False):
+            for name, parameter in module.named_parameters(recurse=False):
+                holders.setdefault(id(parameter), []).append(f"{fqn}.{name}".removeprefix("."))
+        for fqn, linear in self.sites(model).items():
+            assert isinstance(linear, nn.Linear), type(linear)
+            _check_linear(linear, self.config, fqn or "the model")
+            held = holders[id(linear.weight)]
+            if len(held) > 1:
+                raise ConfigError(
+                    f"int8_weights: {held[0]} is also {held[1]}; a weight stored as INT8 belongs to one "
+                    f"layer, and the other would keep the old one; add {fqn!r} to skip"
+                )
+        return super().swap(model)
+
+    def bounds(self) -> Bounds:
+        """A floor for the products that the weight enters; grad_weight is left as it is."""
+        return Bounds(output=OUTPUT_FLOOR_DB, grad_input=GRAD_INPUT_FLOOR_DB, grad_weight=None)
+
+
+class _StoredLinear(torch.autograd.Function):
+    """Y = X W^T + b and its gradients; keeps X and the weight's INT8 values and scales, no copy of W.
+
+    The weight comes twice: as its parts, which are read, and as itself, which the gradient goes to.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        q_NK: Tensor,
+        scale_NG: Tensor,
+        bias_N: Tensor | None,
+        int8_forward: bool,
+    ) -> Tensor:
+        ctx.save_for_backward(x, q_NK, scale_NG)
+        if not int8_forward:
+            return nn.functional.linear(x, dequantize_groups(q_NK, scale_NG, x.dtype), bias_N)
+        x_q, x_scale = quantize_rows(_matrix(x))
+        y_TN = scaled_int8_mm(x_q, q_NK.t(), x_scale, scale_NG.t(), bias_N=bias_N, out_dtype=x.dtype)
+        return y_TN.reshape(*x.shape[:-1], q_NK.shape[0])
+
+    @staticmethod
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError(
+                "Int8WeightLinear: a gradient is taken with create_graph, but the layer has no second "
+                "derivative; add it to the transform's skip"
+            )
+        x, q_NK, scale_NG = ctx.saved_tensors
+        needs_x, needs_weight, _, _, needs_bias, _ = ctx.needs_input_grad
+        dy_TN = _matrix(grad_y)
+        grad_x = grad_weight_NK = grad_bias_N = None
+        if needs_x:
+            grad_x = (dy_TN @ dequantize_groups(q_NK, scale_NG, dy_TN.dtype)).reshape(x.shape)
+        if needs_weight:
+            grad_weight_NK = dy_TN.t() @ _matrix(x)
+        if needs_bias:
+            grad_bias_N = dy_TN.sum(0, dtype=torch.float32).to(dy_TN.dtype)
+        return grad_x, grad_weight_NK, None, None, grad_bias_N, None
+
+
+def _matrix(x: Tensor) -> Tensor:
+    """Leading dimensions flattened, by number: -1 would be ambiguous for an empty tensor."""
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
+def _empty(cls: type[AnyLinear], linear: nn.Linear) -> AnyLinear:
+    """A `cls` of the shape of `linear` without parameters' memory and without bias."""
+    dtype = linear.weight.dtype
+    return cls(linear.in_features, linear.out_features, bias=False, device="meta", dtype=dtype)
+
+
+def _check_linear(linear: nn.Linear, config: Int8WeightConfig, name: str) -> None:
+    if linear.weight.dtype not in DTYPES:
+        raise ConfigError(
+            f"int8_weights: {name} has {linear.weight.dtype} weights; a stored weight passes for bfloat16 or "
+            "float32; use one of these as model.dtype"
+        )
+    size, K = config.group_size, linear.in_features
+    if size is not None and K % size:
+        nearest = min((d for d in range(1, K + 1) if K % d == 0), key=lambda d: abs(d - size))
+        raise ConfigError(
+            f"int8_weights.group_size: {size} does not divide the {K} input features of {name}; "
+            f"use {nearest}, or add the layer to skip"
+        )
