@@ -57,7 +57,7 @@ def main() -> int:
     results = []
     for M, N, K in given or SHAPES:
         for product, cases in products(M, N, K, device).items():
-            rates = {name: rate(case, 2 * M * N * K, args.repeats, device) for name, case in cases.items()}
+            rates = measure(cases, 2 * M * N * K, args.repeats, device)
             results.append({"M": M, "N": N, "K": K, "product": product, "tera_per_s": rates})
     found = {
         "command": " ".join(["tools/bench_matmul.py", *(["--shapes", *args.shapes] if args.shapes else [])]),
@@ -105,15 +105,28 @@ def cases(a: Tensor, b: Tensor, aq: Tensor, bq: Tensor) -> dict[str, Case]:
     return found
 
 
-def rate(case: Case, operations: int, repeats: int, device: torch.device) -> float | None:
-    """Tera-operations a second, by the median time; None where a library refuses the shape or layout."""
-    try:
-        for _ in range(3):
-            case()
-        times = [seconds(case, device) for _ in range(repeats)]
-    except (RuntimeError, ValueError):
-        return None
-    return round(operations / statistics.median(times) / 1e12, 2)
+def measure(
+    cases: dict[str, Case], operations: int, repeats: int, device: torch.device
+) -> dict[str, float | None]:
+    """Tera-operations a second, by the median time; None where a library refuses the shape or layout.
+
+    Cases take turns, so that a clock that falls as the device warms up falls for all.
+    """
+    times: dict[str, list[float]] = {}
+    for name, case in cases.items():
+        try:
+            for _ in range(3):
+                case()
+            times[name] = []
+        except (RuntimeError, ValueError):
+            pass
+    for _ in range(repeats):
+        for name, taken in times.items():
+            taken.append(seconds(cases[name], device))
+    return {
+        name: round(operations / statistics.median(times[name]) / 1e12, 2) if name in times else None
+        for name in cases
+    }
 
 
 def seconds(case: Case, device: torch.device) -> float:

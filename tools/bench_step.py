@@ -23,6 +23,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from qrecipes.parallel.apply import parallelize
 from qrecipes.parallel.process import Process, pick_device
 from qrecipes.training.metrics import environment
 from qrecipes.training.optim import build_optimizer
+from qrecipes.training.optimizer_verbs import norms_of_taken, taking_gradients
 from qrecipes.training.task import Task
 from qrecipes.transforms import REGISTRY
 from qrecipes.transforms.chain import Chain
@@ -44,7 +46,15 @@ from qrecipes.transforms.chain import Chain
 VOCABULARY, CLASSES = 32_000, 45
 WARMUP = 4
 Change = Callable[[nn.Module], nn.Module]
-"""What makes a case of a bfloat16 model."""
+"""What a case makes of a bfloat16 model."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A change of the model, and settings of the optimizer."""
+
+    change: Change = lambda model: model
+    optim: dict[str, Any] = field(default_factory=dict)
 
 
 def llama(layers: int, width: int, heads: int, kv_heads: int, hidden: int) -> ModelSection:
@@ -74,8 +84,10 @@ def ours(name: str, **settings: Any) -> Change:
     """A registered method with these settings."""
 
     def change(model: nn.Module) -> nn.Module:
-        tiny: dict[str, Any] = {"min_size": 0, "emulate": True} if ModelView.of(model).width < 1024 else {}
-        return Chain([REGISTRY[name](REGISTRY[name].Config(**settings, **tiny))]).swap(model)
+        config: Any = REGISTRY[name].Config(**settings)
+        if ModelView.of(model).width < 1024 and hasattr(config, "min_size"):  # the tiny shape
+            config = replace(config, min_size=0, emulate=True)
+        return Chain.from_configs([config]).swap(model)
 
     return change
 
@@ -107,7 +119,7 @@ def torchao_int8(**settings: Any) -> Change:
     return change
 
 
-def ladder() -> dict[str, Change]:
+def ladder() -> dict[str, Case]:
     """Which products are in INT8, with and without stochastic rounding."""
     steps = {
         "output": {"grad_input": False, "grad_weight": False},
@@ -116,19 +128,28 @@ def ladder() -> dict[str, Change]:
     }
     found = {}
     for title, off in steps.items():
-        found[f"INT8 {title}"] = ours("int8_mixed_precision", **off)
-        found[f"INT8 {title}, stochastic"] = ours("int8_mixed_precision", stochastic_rounding=True, **off)
+        found[f"INT8 {title}"] = Case(ours("int8_mixed_precision", **off))
+        found[f"INT8 {title}, stochastic"] = Case(
+            ours("int8_mixed_precision", stochastic_rounding=True, **off)
+        )
     return found
 
 
-CASES: dict[str, Change] = {
-    "bf16": lambda model: model,
+CASES: dict[str, Case] = {
+    "bf16": Case(),
     **ladder(),
-    "INT8 all three, INT8 inputs kept": ours("int8_mixed_precision", save_int8_input=True),
-    "torchao float8 tensorwise": float8("tensorwise"),
-    "torchao float8 rowwise": float8("rowwise"),
-    "torchao INT8": torchao_int8(),
-    "torchao INT8, module_swap": torchao_int8(module_swap=True),
+    "INT8 all three, INT8 inputs kept": Case(ours("int8_mixed_precision", save_int8_input=True)),
+    "INT8 all three, min_size 1100": Case(ours("int8_mixed_precision", min_size=1100)),
+    "INT8 weights": Case(ours("int8_weights")),
+    "INT8 weights, INT8 forward": Case(ours("int8_weights", int8_forward=True)),
+    "bf16, 8-bit AdamW": Case(optim={"name": "adamw8bit"}),
+    "INT8 weights, 8-bit AdamW": Case(ours("int8_weights"), {"name": "adamw8bit"}),
+    "bf16, AdamW in backward": Case(optim={"in_backward": True, "clip_norm": 0.0}),
+    "INT8 weights, AdamW in backward": Case(ours("int8_weights"), {"in_backward": True, "clip_norm": 0.0}),
+    "torchao float8 tensorwise": Case(float8("tensorwise")),
+    "torchao float8 rowwise": Case(float8("rowwise")),
+    "torchao INT8": Case(torchao_int8()),
+    "torchao INT8, module_swap": Case(torchao_int8(module_swap=True)),
 }
 
 
@@ -188,16 +209,18 @@ def measure(shape: str, case: str, steps: int, profile: bool) -> dict[str, Any]:
     device = pick_device("auto")
     torch.manual_seed(0)
     model = build(section, dtype=torch.bfloat16, device=device)
-    model = CASES[case](model)
+    model = CASES[case].change(model)
     model = parallelize(model, ParallelSection(compile=True), Process(0, 1, device, None), Chain()).train()
-    optimizer = build_optimizer(Chain().param_groups(model), OptimSection(lr=1e-5))
+    optimizer = build_optimizer(Chain().param_groups(model), OptimSection(lr=1e-5, **CASES[case].optim))
     batch = random_batch(size, device)
     learnt = TaskSection() if len(size) == 2 else TaskSection(kind="classification")
     task, units = Task(learnt, compile=True), batch.targets.numel()
 
     def step() -> Tensor:
         loss = task.loss(model, batch) / units
-        loss.backward()
+        with taking_gradients(optimizer):
+            loss.backward()
+        norms_of_taken(optimizer)
         optimizer.step()
         optimizer.zero_grad()
         return loss.detach()

@@ -121,7 +121,9 @@ def _torchao(name: str) -> Callable[[list[dict[str, Any]], OptimSection], Optimi
 
 
 def _sgd(settings: list[dict[str, Any]], optim: OptimSection) -> Optimizer:
-    return SGD(settings, lr=optim.lr, momentum=optim.betas[0], fused=_fused(settings, optim))
+    sharded = any(isinstance(p, DTensor) for setting in settings for p in setting["params"])
+    fused = _fused(settings, optim) and not sharded  # torch 2.11 has no fused SGD of DTensors
+    return SGD(settings, lr=optim.lr, momentum=optim.betas[0], fused=fused)
 
 
 OPTIMIZERS = {

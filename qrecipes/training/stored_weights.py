@@ -98,7 +98,6 @@ class StoredWeightOptimizer(Optimizer):
             part.step(self.state)
         return loss
 
-
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over a state; every part of it keeps its own type."""
         super().load_state_dict(state_dict)

