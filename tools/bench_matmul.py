@@ -6,7 +6,8 @@ M tokens, N output features, K input features. Operands are quantized beforehand
 them; what is timed is the product with its scaling. `A B^T` is the layer's output, `A B` the gradient of its
 input, `A^T B` that of its weight; the last two are given as they come (strided) and, for ours, also copied so
 that both operands are contiguous along the sum, as `int8_mixed_precision` quantizes them. Random data,
-medians; on a GPU of bursts of calls, so that a small product does not wait for its launch.
+medians; on a GPU a burst of calls is captured in a CUDA graph, so that no product waits for its launch, and
+cases take turns, so that a clock that falls as the device warms up falls for all.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ SHAPES = (
 )
 """Cubes, Llama 3 8B's layers at 8192 tokens, a 1B layer, and ViT-g at 64 images of 257 tokens."""
 BURST = 5
-"""Calls between two readings of a GPU's clock."""
+"""Calls in a graph, between two readings of a GPU's clock."""
 Case = Callable[[], Tensor]
 
 
@@ -108,40 +109,51 @@ def cases(a: Tensor, b: Tensor, aq: Tensor, bq: Tensor) -> dict[str, Case]:
 def measure(
     cases: dict[str, Case], operations: int, repeats: int, device: torch.device
 ) -> dict[str, float | None]:
-    """Tera-operations a second, by the median time; None where a library refuses the shape or layout.
-
-    Cases take turns, so that a clock that falls as the device warms up falls for all.
-    """
-    times: dict[str, list[float]] = {}
+    """Tera-operations a second, by the median time; None where a library refuses the shape or layout."""
+    timed: dict[str, Callable[[], float]] = {}
     for name, case in cases.items():
         try:
-            for _ in range(3):
-                case()
-            times[name] = []
+            timed[name] = timer(case, device)
         except (RuntimeError, ValueError):
-            pass
+            continue
+    times: dict[str, list[float]] = {name: [] for name in timed}
     for _ in range(repeats):
-        for name, taken in times.items():
-            taken.append(seconds(cases[name], device))
+        for name, seconds in timed.items():
+            times[name].append(seconds())
     return {
         name: round(operations / statistics.median(times[name]) / 1e12, 2) if name in times else None
         for name in cases
     }
 
 
-def seconds(case: Case, device: torch.device) -> float:
-    """Time of one call, on a GPU the mean of a burst."""
+def timer(case: Case, device: torch.device) -> Callable[[], float]:
+    """What measures the time of one call, in seconds; on a GPU the mean of a burst."""
+    for _ in range(3):
+        case()
     if device.type != "cuda":
-        start = time.perf_counter()
-        case()
-        return time.perf_counter() - start
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    begin.record()
-    for _ in range(BURST):
-        case()
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end) / 1e3 / BURST
+
+        def once() -> float:
+            start = time.perf_counter()
+            case()
+            return time.perf_counter() - start
+
+        return once
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(BURST):
+            case()
+    graph.replay()
+
+    def burst() -> float:
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3 / BURST
+
+    return burst
 
 
 def table(results: list[dict[str, Any]]) -> str:

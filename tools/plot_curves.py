@@ -24,7 +24,7 @@ from qrecipes.errors import ConfigError
 
 COLOURS = ("#000000", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f")
 """Of Okabe and Ito, which those who see colours differently tell apart, too; the first is the baseline's."""
-STYLE = {
+STYLE: dict[Any, Any] = {
     "svg.hashsalt": "curves",  # else the names of clip paths are random
     "svg.fonttype": "none",
     "font.size": 9,
