@@ -1,0 +1,195 @@
+"""Which range of its weights a group's levels span: all of it, or the part that loses least.
+
+N rows, K columns, G groups of a row, S columns of a group. Every function takes a weight [N, K] and an
+`AffineFormat` and gives its grid; all work in float32, and in bounded memory, rows at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from qrecipes.quant.affine import AffineGrid, affine_grid, dequantize_affine, quantize_affine
+from qrecipes.quant.formats import AffineFormat
+
+CHUNK_ELEMENTS = 2**22
+"""Weights searched at once: some ten float32 tensors of this size are alive."""
+LEAST_POWER, GREATEST_POWER = 2.0, 5.0
+
+
+def minmax_grid(w_NK: Tensor, format: AffineFormat, *, per_tensor: bool = False) -> AffineGrid:
+    """Round to nearest over each group's whole range, or over the tensor's, repeated for every group.
+
+    Raises:
+        ValueError: if the groups do not divide the rows.
+    """
+    low_NG, high_NG = _range(_groups(w_NK, format))
+    if per_tensor:
+        low_NG, high_NG = low_NG.amin().expand_as(low_NG), high_NG.amax().expand_as(high_NG)
+    return affine_grid(low_NG, high_NG, format)
+
+
+def mse_grid(w_NK: Tensor, format: AffineFormat, *, candidates: int = 100, margin: float = 0.0) -> AffineGrid:
+    """The range of least squared error: `lp_grid` with p = 2."""
+    return lp_grid(w_NK, format, p=2.0, candidates=candidates, margin=margin)
+
+
+def lp_grid(
+    w_NK: Tensor, format: AffineFormat, *, p: float = 4.0, candidates: int = 100, margin: float = 0.0
+) -> AffineGrid:
+    """The range that minimizes the sum of |W - W_hat|**p over a group, of fractions of its whole range.
+
+    LR-QAT (arXiv 2406.06385), which takes p from 2 to 5. Symmetric: thresholds k / `candidates` of the
+    greatest magnitude (plus `margin`, in units of W). Asymmetric: both ends shrink together, towards 0 with an integer
+    zero point and towards the middle of the range with a float one; then the low end alone is searched, then
+    the high end. Of equal errors the smaller range wins. Where nothing is finite, it is `minmax_grid`.
+
+    Raises:
+        ValueError: if the groups do not divide the rows, or p or the candidates are out of their range.
+    """
+    if not LEAST_POWER <= p <= GREATEST_POWER:
+        raise ValueError(f"lp_grid.p: {p}; use {LEAST_POWER:g} to {GREATEST_POWER:g}")
+    if candidates < 1:
+        raise ValueError(f"lp_grid.candidates: {candidates}; use at least 1, such as 100")
+    found = [
+        _search(part_NGS, format, p, candidates, margin) for part_NGS in _row_chunks(_groups(w_NK, format))
+    ]
+    return affine_grid(torch.cat([low for low, _ in found]), torch.cat([high for _, high in found]), format)
+
+
+def hqq_grid(
+    w_NK: Tensor,
+    format: AffineFormat,
+    *,
+    p: float = 0.7,
+    beta: float = 10.0,
+    growth: float = 1.01,
+    iterations: int = 20,
+) -> AffineGrid:
+    """Offsets of least |W - W_hat|**p, p < 1, by HQQ's half-quadratic splitting; scales are min-max.
+
+    Each iteration shrinks the error, |e| -> max(|e| - |e|**(p - 1) / beta, 0), which leaves the outliers, and
+    moves the offset to the mean of what is left of W without them; beta grows by `growth`. The best iteration
+    of each group is kept. HQQ states it for zero points z = -b / s; the iterates are the same.
+
+    Raises:
+        ValueError: if the format has no float zero point, or p is not between 0 and 1.
+    """
+    if not format.has_offset:
+        raise ValueError(
+            f"hqq_grid.format: {format} has no float zero point to optimize; set symmetric=False and "
+            "zero_point='float'"
+        )
+    if not 0 < p < 1:
+        raise ValueError(f"hqq_grid.p: {p}; use a number between 0 and 1, such as 0.7")
+    found = [
+        _half_quadratic(part_NGS, format, p, beta, growth, iterations)
+        for part_NGS in _row_chunks(_groups(w_NK, format))
+    ]
+    return AffineGrid(torch.cat([g.scale for g in found]), offset=torch.cat([_offset(g) for g in found]))
+
+
+def _groups(w_NK: Tensor, format: AffineFormat) -> Tensor:
+    N, K = w_NK.shape
+    format.check_width(K, "ranges.w_NK")
+    return w_NK.detach().reshape(N, format.num_groups(K), -1)
+
+
+def _row_chunks(w_NGS: Tensor) -> tuple[Tensor, ...]:
+    rows = max(1, CHUNK_ELEMENTS // (w_NGS.shape[1] * w_NGS.shape[2]))
+    return w_NGS.split(rows)
+
+
+def _range(w_NGS: Tensor) -> tuple[Tensor, Tensor]:
+    return w_NGS.amin(-1).float(), w_NGS.amax(-1).float()
+
+
+def _search(
+    w_NGS: Tensor, format: AffineFormat, p: float, candidates: int, margin: float
+) -> tuple[Tensor, Tensor]:
+    """The ends of the best range of each group, [N, G] each."""
+    w_NGS = w_NGS.float()
+    low, high = _range(w_NGS)
+    if format.symmetric:
+        high = torch.maximum(low.abs(), high.abs())
+        low = -high
+    elif format.has_zero:
+        low, high = low.clamp(max=0), high.clamp(min=0)
+    low, high = low - margin, high + margin
+    center = (low + high) / 2 if format.has_offset else torch.zeros_like(low)
+    best = _Best(w_NGS, format, p, low, high)
+    fractions = [k / candidates for k in range(1, candidates + 1)]
+    for fraction in fractions:
+        best.consider(center + fraction * (low - center), center + fraction * (high - center))
+    if not format.symmetric:
+        kept = best.high
+        for fraction in fractions:
+            best.consider(center + fraction * (low - center), kept)
+        kept = best.low
+        for fraction in fractions:
+            best.consider(kept, center + fraction * (high - center))
+    return best.low, best.high
+
+
+class _Best:
+    """The best range of each group so far."""
+
+    def __init__(self, w_NGS: Tensor, format: AffineFormat, p: float, low: Tensor, high: Tensor) -> None:
+        self.w_NK, self.format, self.p = w_NGS.flatten(1), format, p
+        self.low, self.high = low, high
+        self.error = torch.full_like(low, torch.inf)
+
+    def consider(self, low: Tensor, high: Tensor) -> None:
+        """Take a range where its error is less; NaN is not."""
+        grid = affine_grid(low, high, self.format)
+        error = _error(self.w_NK, grid, self.format.bits).unflatten(1, (low.shape[1], -1))
+        total = _power(error.abs_(), self.p).sum(-1)
+        better = total < self.error
+        self.error = torch.where(better, total, self.error)
+        self.low, self.high = torch.where(better, low, self.low), torch.where(better, high, self.high)
+
+
+def _error(w_NK: Tensor, grid: AffineGrid, bits: int) -> Tensor:
+    return w_NK - dequantize_affine(quantize_affine(w_NK, grid, bits), grid, torch.float32)
+
+
+def _power(magnitude: Tensor, p: float) -> Tensor:
+    if p == 2:
+        return magnitude.square_()
+    return magnitude.square_().square_() if p == 4 else magnitude.pow_(p)
+
+
+def _half_quadratic(
+    w_NGS: Tensor, format: AffineFormat, p: float, beta: float, growth: float, iterations: int
+) -> AffineGrid:
+    w_NGS = w_NGS.float()
+    grid = affine_grid(*_range(w_NGS), format)
+    w_NK, G = w_NGS.flatten(1), w_NGS.shape[1]
+    kept, least = _offset(grid), torch.full_like(grid.scale, torch.inf, dtype=torch.float32)
+    for _ in range(iterations + 1):
+        error_NGS = _error(w_NK, grid, format.bits).unflatten(1, (G, -1))
+        total = error_NGS.abs().pow(p).sum(-1)
+        better = total < least
+        least, kept = torch.where(better, total, least), torch.where(better, _offset(grid), kept)
+        magnitude = error_NGS.abs()
+        outliers = error_NGS.sign() * (magnitude - magnitude.clamp(min=1e-12).pow(p - 1) / beta).clamp(min=0)
+        moved = _offset(grid).float() + (error_NGS - outliers).mean(-1)
+        grid = grid._replace(offset=moved.to(_offset(grid).dtype))
+        beta *= growth
+    return grid._replace(offset=kept)
+
+
+def _offset(grid: AffineGrid) -> Tensor:
+    assert grid.offset is not None, grid
+    return grid.offset
+
+
+RANGES: dict[str, Callable[..., AffineGrid]] = {
+    "rtn": minmax_grid,
+    "mse": mse_grid,
+    "lp": lp_grid,
+    "hqq": hqq_grid,
+}
+"""Range methods by the names that a command line or a recipe uses."""
