@@ -32,6 +32,8 @@ from qrecipes.models.build import build
 from qrecipes.models.sources import resolve, source_folder
 from qrecipes.models.weights import save_huggingface
 from qrecipes.parallel.process import Process
+from qrecipes.quant.formats import format_to_json
+from qrecipes.quant.linear import QuantLinear
 from qrecipes.training import checkpoint
 from qrecipes.training.output import RUN_FILE, read_run
 from qrecipes.transforms.chain import Chain
@@ -63,7 +65,7 @@ def load_run(
             f"{output}: has no checkpoint{'' if step is None else f' of step {step}'}; it has: {known}"
         )
     checkpoint.read_state(wanted[0])
-    dtype = _stored_dtype(wanted[0] / checkpoint.MODEL)
+    dtype = _stored_dtype(wanted[0] / checkpoint.MODEL, run)
     model = _build_empty(run, dtype, device)
     chain = Chain.from_configs(run.transform)
     model = chain.swap(model)
@@ -79,13 +81,18 @@ def _build_empty(run: Run, dtype: torch.dtype, device: str | torch.device) -> nn
         return build(replace(run.model, args=args), dtype=dtype, device=device, initialize=False)
 
 
-def _stored_dtype(path: Path) -> torch.dtype:
-    """The type of a checkpoint's parameters: bfloat16 if any tensor has it, since buffers stay float32."""
+def _stored_dtype(path: Path, run: Run) -> torch.dtype:
+    """The type of the run's model in a file: bfloat16 if any of its tensors has it, since buffers stay float32.
+
+    Tensors that the model had not before its transforms, such as scales, have types of their own.
+    """
     from safetensors import safe_open
 
+    plain = _build_empty(run, torch.float32, "meta").state_dict().keys()
     with safe_open(path, "pt") as file:
-        types = {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 - no dict
-    return torch.bfloat16 if "BF16" in types else torch.float32
+        types = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 - no dict
+    kept = [dtype for name, dtype in types.items() if name in plain] or types.values()
+    return torch.bfloat16 if "BF16" in kept else torch.float32
 
 
 def save(model: nn.Module, run: Run, destination: str | Path) -> Path:
@@ -168,13 +175,24 @@ def _manifest(model: nn.Module, run: Run, tensors: dict[str, torch.Tensor], fold
         "format": FORMAT,
         "written_by": f"qrecipes {__version__}, torch {torch.__version__}",
         "model": {"source": resolved.source, "args": resolved.args, "from": run.model.source},
-        "parameter_dtype": str(_stored_dtype(folder / TENSORS)).removeprefix("torch."),
+        "parameter_dtype": str(_stored_dtype(folder / TENSORS, run)).removeprefix("torch."),
         "parameters": sum(t.numel() for t in tensors.values()),
         "bytes": sum(t.numel() * t.element_size() for t in tensors.values()),
         "transforms": sorted({type(config).__name__ for config in run.transform}),
         "linear_layers": {kind: list(layers.values()).count(kind) for kind in sorted(set(layers.values()))},
+        "quantized_layers": _quantized_layers(model),
         "sha256": {TENSORS: _sha256(folder / TENSORS)},
     }
+
+
+def _quantized_layers(model: nn.Module) -> list[dict[str, Any]]:
+    """Each format of the model's low-bit weights, and the names of the layers that have it."""
+    found: dict[str, dict[str, Any]] = {}
+    for fqn, module in model.named_modules():
+        if isinstance(module, QuantLinear):
+            described = {"format": format_to_json(module.format), "layers": []}
+            found.setdefault(module.format.key, described)["layers"].append(fqn)
+    return list(found.values())
 
 
 def load_export(path: str | Path, *, device: str | torch.device = "cpu") -> nn.Module:
@@ -204,8 +222,23 @@ def load_export_and_run(path: str | Path, *, device: str | torch.device = "cpu")
     model = _build_empty(run, getattr(torch, manifest["parameter_dtype"]), device)
     chain = Chain.from_configs(run.transform)
     model = chain.finalize(chain.swap(model))
+    _check_formats(folder, model, manifest)
     model.load_state_dict(tensors, assign=True)
     return model.eval(), run
+
+
+def _check_formats(folder: Path, model: nn.Module, manifest: dict[str, Any]) -> None:
+    """Raise ExportError where the transforms make other low-bit layers than the export holds."""
+    stored, made = manifest.get("quantized_layers", []), _quantized_layers(model)
+    if stored != made:
+        described = [
+            "; ".join(f"{len(part['layers'])} x {part['format']}" for part in parts) or "none"
+            for parts in (stored, made)
+        ]
+        raise ExportError(
+            f"{folder}: holds low-bit layers ({described[0]}) other than its run.toml makes ({described[1]}); "
+            f"use the version of qrecipes that wrote it ({manifest.get('written_by', 'unknown')})"
+        )
 
 
 def _alone(run: Run, folder: Path, manifest: dict[str, Any]) -> Run:

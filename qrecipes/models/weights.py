@@ -37,6 +37,7 @@ from qrecipes.models.families import (
 from qrecipes.models.hub import locate
 from qrecipes.models.sources import pretrained, source_folder
 from qrecipes.models.traits import rotary_theta, traits
+from qrecipes.quant.linear import dequantized_state_dict
 
 if TYPE_CHECKING:
     from qrecipes.config.run import ModelSection
@@ -152,7 +153,8 @@ def save_huggingface(
     Writes model.safetensors, or shards of at most `max_shard_bytes` and their index, in `dtype` or else in
     the parameters' own; config.json, the source's with its type and tying corrected; and copies of
     generation_config.json and the tokenizer's files. `destination` appears by a rename, complete. `args` are
-    the builder's arguments that overrode config.json, if any did, and are written into it.
+    the builder's arguments that overrode config.json, if any did, and are written into it. Low-bit layers are
+    written dequantized, all of them in memory at once.
 
     Raises:
         ExportError: if the model is no torchtune decoder of plain layers, does not fit the source's config,
@@ -167,7 +169,7 @@ def save_huggingface(
         raise ExportError(f"{destination}: is the folder that the model came from; name another")
     if destination.is_dir() and any(destination.iterdir()) and read_config(destination) is None:
         raise ExportError(f"{destination}: exists and is no Hugging Face folder; name another, or remove it")
-    state_dict = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    state_dict = dequantized_state_dict(model)
     try:
         family = family_of(config, source_folder)
         config |= overridden(family, args)

@@ -78,8 +78,8 @@ class AffineFormat:
             raise ValueError(f"{where}.zero_point: {self.zero_point!r}; use 'integer' or 'float'")
         if self.symmetric and self.zero_point == "float":
             raise ValueError(
-                f"{where}.zero_point: 'float', but a symmetric format has no zero point; set symmetric=False, "
-                "or leave zero_point out"
+                f"{where}.zero_point: 'float', but a symmetric format has no zero point; "
+                "set symmetric=False, or leave zero_point out"
             )
         for name in ("scale_dtype", "offset_dtype"):
             if getattr(self, name) not in _FLOATS:

@@ -195,8 +195,8 @@ class QuantLinear(nn.Module):
         for tensor, (name, (_, stored)) in zip(self.payload, spec.items(), strict=True):
             if tensor.dtype is not stored:
                 raise ValueError(
-                    f"QuantLinear.{name}: {tensor.dtype}, but {self.format} stores {stored}; leave param_dtype "
-                    "out of FSDP2's MixedPrecisionPolicy, which converts frozen scales, too"
+                    f"QuantLinear.{name}: {tensor.dtype}, but {self.format} stores {stored}; leave "
+                    "param_dtype out of FSDP2's MixedPrecisionPolicy, which converts frozen scales, too"
                 )
 
     def with_grid(self, grid: AffineGrid, format: AffineFormat) -> QuantLinear:

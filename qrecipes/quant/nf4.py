@@ -45,20 +45,20 @@ def quantize_nf4(w_NK: Tensor, block_size: int = 64) -> tuple[Tensor, Tensor]:
 
     A block of zeros has magnitude 0, and one that is not finite a magnitude that is not.
     """
-    N, K = w_NK.shape
+    K = w_NK.shape[1]
     blocks = _blocks(w_NK.float(), block_size)
     absmax_NG = blocks.abs().amax(-1)
     scaled = blocks / torch.where(absmax_NG == 0, 1.0, absmax_NG).unsqueeze(-1)
     codes = torch.bucketize(scaled, torch.tensor(_BOUNDARIES, device=w_NK.device), out_int32=True)
-    return codes.to(torch.uint8).reshape(N, -1)[:, :K].contiguous(), absmax_NG
+    return codes.to(torch.uint8).flatten(1)[:, :K].contiguous(), absmax_NG
 
 
 def dequantize_nf4(codes_NK: Tensor, absmax_NG: Tensor, block_size: int, dtype: torch.dtype) -> Tensor:
     """Level times magnitude, [N, K], computed in float32 and rounded to `dtype` once."""
-    N, K = codes_NK.shape
+    K = codes_NK.shape[1]
     levels = torch.tensor(NF4_LEVELS, device=codes_NK.device)
     blocks = levels[_blocks(codes_NK.int(), block_size)] * absmax_NG.unsqueeze(-1)
-    return blocks.reshape(N, -1)[:, :K].to(dtype)
+    return blocks.flatten(1)[:, :K].to(dtype)
 
 
 def double_quantize(absmax_NG: Tensor, scale_block_size: int = 256) -> tuple[Tensor, Tensor, Tensor]:

@@ -7,11 +7,12 @@ N rows, K columns, G groups of a row, S columns of a group. Every function takes
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from qrecipes.quant.affine import AffineGrid, affine_grid, dequantize_affine, quantize_affine
+from qrecipes.quant.affine import AffineGrid, affine_grid, dequantize_affine, quantize_affine, with_offset
 from qrecipes.quant.formats import AffineFormat
 
 CHUNK_ELEMENTS = 2**22
@@ -42,9 +43,10 @@ def lp_grid(
     """The range that minimizes the sum of |W - W_hat|**p over a group, of fractions of its whole range.
 
     LR-QAT (arXiv 2406.06385), which takes p from 2 to 5. Symmetric: thresholds k / `candidates` of the
-    greatest magnitude (plus `margin`, in units of W). Asymmetric: both ends shrink together, towards 0 with an integer
-    zero point and towards the middle of the range with a float one; then the low end alone is searched, then
-    the high end. Of equal errors the smaller range wins. Where nothing is finite, it is `minmax_grid`.
+    greatest magnitude (plus `margin`, in units of W). Asymmetric: both ends shrink together, towards 0 with an
+    integer zero point and towards the middle of the range with a float one; then the low end alone is
+    searched, then the high end. Of equal errors the smaller range wins. A group that is not finite gets its
+    whole range.
 
     Raises:
         ValueError: if the groups do not divide the rows, or p or the candidates are out of their range.
@@ -71,8 +73,10 @@ def hqq_grid(
     """Offsets of least |W - W_hat|**p, p < 1, by HQQ's half-quadratic splitting; scales are min-max.
 
     Each iteration shrinks the error, |e| -> max(|e| - |e|**(p - 1) / beta, 0), which leaves the outliers, and
-    moves the offset to the mean of what is left of W without them; beta grows by `growth`. The best iteration
-    of each group is kept. HQQ states it for zero points z = -b / s; the iterates are the same.
+    moves the offset to the mean of what is left of W without them; beta grows by `growth`. It starts from the
+    group's range and again from the range and rounded zero point of an integer format, and the best of all
+    iterations of each group is kept. HQQ (Badri and Shaji, 2023) states it for zero points z = -b / s; the
+    iterates are the same.
 
     Raises:
         ValueError: if the format has no float zero point, or p is not between 0 and 1.
@@ -94,7 +98,8 @@ def hqq_grid(
 def _groups(w_NK: Tensor, format: AffineFormat) -> Tensor:
     N, K = w_NK.shape
     format.check_width(K, "ranges.w_NK")
-    return w_NK.detach().reshape(N, format.num_groups(K), -1)
+    G = format.num_groups(K)
+    return w_NK.detach().reshape(N, G, K // G)
 
 
 def _row_chunks(w_NGS: Tensor) -> tuple[Tensor, ...]:
@@ -165,20 +170,26 @@ def _half_quadratic(
     w_NGS: Tensor, format: AffineFormat, p: float, beta: float, growth: float, iterations: int
 ) -> AffineGrid:
     w_NGS = w_NGS.float()
-    grid = affine_grid(*_range(w_NGS), format)
-    w_NK, G = w_NGS.flatten(1), w_NGS.shape[1]
-    kept, least = _offset(grid), torch.full_like(grid.scale, torch.inf, dtype=torch.float32)
-    for _ in range(iterations + 1):
-        error_NGS = _error(w_NK, grid, format.bits).unflatten(1, (G, -1))
-        total = error_NGS.abs().pow(p).sum(-1)
-        better = total < least
-        least, kept = torch.where(better, total, least), torch.where(better, _offset(grid), kept)
-        magnitude = error_NGS.abs()
-        outliers = error_NGS.sign() * (magnitude - magnitude.clamp(min=1e-12).pow(p - 1) / beta).clamp(min=0)
-        moved = _offset(grid).float() + (error_NGS - outliers).mean(-1)
-        grid = grid._replace(offset=moved.to(_offset(grid).dtype))
-        beta *= growth
-    return grid._replace(offset=kept)
+    low, high = _range(w_NGS)
+    with_zero = with_offset(affine_grid(low, high, replace(format, zero_point="integer")))
+    kept, least = affine_grid(low, high, format), torch.full_like(low, torch.inf)
+    for grid in (kept, with_zero._replace(offset=_offset(with_zero).to(_offset(kept).dtype))):
+        strength = beta
+        for _ in range(iterations + 1):
+            error_NGS = _error(w_NGS.flatten(1), grid, format.bits).view_as(w_NGS)
+            magnitude = error_NGS.abs()
+            total = magnitude.pow(p).sum(-1)
+            better = total < least
+            least = torch.where(better, total, least)
+            kept = AffineGrid(
+                torch.where(better, grid.scale, kept.scale),
+                offset=torch.where(better, _offset(grid), _offset(kept)),
+            )
+            shrunk = (magnitude - magnitude.clamp(min=1e-12).pow(p - 1) / strength).clamp(min=0)
+            moved = _offset(grid).float() + (error_NGS - error_NGS.sign() * shrunk).mean(-1)
+            grid = grid._replace(offset=moved.to(_offset(kept).dtype))
+            strength *= growth
+    return kept
 
 
 def _offset(grid: AffineGrid) -> Tensor:
