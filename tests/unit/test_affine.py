@@ -79,7 +79,9 @@ def test_quantize_and_dequantize_equal_float64(case):
 
 
 def _spread_abs(t: torch.Tensor | None, w: torch.Tensor) -> np.ndarray:
-    return np.zeros(w.shape) if t is None else np.repeat(t.double().abs().numpy(), w.shape[1] // t.shape[1], 1)
+    return (
+        np.zeros(w.shape) if t is None else np.repeat(t.double().abs().numpy(), w.shape[1] // t.shape[1], 1)
+    )
 
 
 def _magnitudes(w: torch.Tensor, grid: AffineGrid) -> np.ndarray:
@@ -204,7 +206,11 @@ def test_unsigned_levels_and_zeros_give_the_same_weight(bits):
 def test_constant_groups_are_exact():
     """A float offset holds any constant; 0 is held by every form, with a scale of 0."""
     w = torch.tensor([[0.3] * 16 + [0.0] * 16])
-    for symmetric, zero_point, columns in ((True, "integer", 16), (False, "integer", 16), (False, "float", 0)):
+    for symmetric, zero_point, columns in (
+        (True, "integer", 16),
+        (False, "integer", 16),
+        (False, "float", 0),
+    ):
         format = AffineFormat(group_size=16, symmetric=symmetric, zero_point=zero_point)
         grid = minmax_grid(w, format)
         restored = dequantize_affine(quantize_affine(w, grid, 4), grid, torch.float32)
@@ -262,7 +268,9 @@ def test_dequantize_rounds_once():
 
 
 def test_groups_that_do_not_divide_are_refused():
-    with pytest.raises(ValueError, match=r"quantize_affine.w_NK: shape \(2, 10\) and scales of shape \(2, 3\)"):
+    with pytest.raises(
+        ValueError, match=r"quantize_affine.w_NK: shape \(2, 10\) and scales of shape \(2, 3\)"
+    ):
         quantize_affine(torch.zeros(2, 10), AffineGrid(torch.ones(2, 3)), 4)
     with pytest.raises(ValueError, match=r"dequantize_affine.q_NK: shape \(2, 9\)"):
         dequantize_affine(torch.zeros(2, 9, dtype=torch.int8), AffineGrid(torch.ones(1, 3)), torch.float32)

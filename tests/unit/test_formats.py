@@ -111,7 +111,9 @@ def test_wrong_json_is_refused():
 
 
 def test_a_group_that_does_not_divide_names_the_nearest_that_does():
-    with pytest.raises(ValueError, match=r"^q_proj: group_size 128 .* 576 input features; use group_size 144,"):
+    with pytest.raises(
+        ValueError, match=r"^q_proj: group_size 128 .* 576 input features; use group_size 144,"
+    ):
         AffineFormat(group_size=128).check_width(576, "q_proj")
     with pytest.raises(ValueError, match=r"use group_size None \(one scale a row\)"):
         AffineFormat(group_size=32).check_width(100)

@@ -41,9 +41,7 @@ def test_levels_are_float32_numbers():
 
 matrices = st.tuples(
     st.integers(0, 5), st.integers(1, 200), st.sampled_from([16, 64, 256]), st.integers(0, 2**31)
-).map(
-    lambda c: (torch.randn(c[0], c[1], generator=torch.Generator().manual_seed(c[3])) * 0.02, c[2])
-)
+).map(lambda c: (torch.randn(c[0], c[1], generator=torch.Generator().manual_seed(c[3])) * 0.02, c[2]))
 
 
 @settings(deadline=None, max_examples=100)

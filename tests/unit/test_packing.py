@@ -22,9 +22,7 @@ def integers(draw) -> tuple[torch.Tensor, int, bool]:
     bits, signed = draw(st.sampled_from(BITS)), draw(st.booleans())
     rows, width = draw(st.integers(0, 4)), draw(st.integers(1, 70))
     low = signed_range(bits)[0] if signed else 0
-    values = draw(
-        st.lists(st.integers(low, low + 2**bits - 1), min_size=rows * width, max_size=rows * width)
-    )
+    values = draw(st.lists(st.integers(low, low + 2**bits - 1), min_size=rows * width, max_size=rows * width))
     dtype = draw(st.sampled_from([torch.int8 if signed else torch.uint8, torch.int32, torch.int64]))
     return torch.tensor(values, dtype=dtype).reshape(rows, width), bits, signed
 

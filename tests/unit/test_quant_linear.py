@@ -290,9 +290,7 @@ def test_another_grid_keeps_the_integers():
     layer = layer_of(AffineFormat(bits=4, group_size=32, symmetric=False)).double()
     delta = torch.randn(40, 3, dtype=torch.float64) * 1e-3
     grid = with_offset(layer.grid, torch.float64)
-    format = AffineFormat(
-        bits=4, group_size=32, symmetric=False, zero_point="float", offset_dtype="float64"
-    )
+    format = AffineFormat(bits=4, group_size=32, symmetric=False, zero_point="float", offset_dtype="float64")
     moved = layer.with_grid(grid._replace(offset=grid.offset + delta), format)
     assert torch.equal(moved.packed, layer.packed)
     assert torch.equal(moved.grid.scale, layer.grid.scale)
@@ -330,7 +328,9 @@ def test_wrong_requests_are_refused():
     with pytest.raises(ValueError, match=r"QuantLinear.input: torch.bfloat16, but the layer computes in"):
         layer(torch.randn(2, 96).bfloat16())
     layer.scale.data = layer.scale.data.bfloat16()
-    with pytest.raises(ValueError, match=r"QuantLinear.scale: torch.bfloat16, but .* leave param_dtype out of"):
+    with pytest.raises(
+        ValueError, match=r"QuantLinear.scale: torch.bfloat16, but .* leave param_dtype out of"
+    ):
         layer(torch.randn(2, 96))
     with pytest.raises(ValueError, match=r"QuantLinear.integers: the weight is NF4Format"):
         layer_of(NF4Format()).integers()

@@ -79,7 +79,10 @@ def test_asymmetric_search_is_near_the_best_of_all_pairs_of_ends(format):
     pairs = itertools.product(range(1, 41), repeat=2)
     losses = [
         loss(
-            w, affine_grid(center + i / 40 * (low - center), center + j / 40 * (high - center), format), 3, 2.0
+            w,
+            affine_grid(center + i / 40 * (low - center), center + j / 40 * (high - center), format),
+            3,
+            2.0,
         )
         for i, j in pairs
     ]
@@ -164,7 +167,9 @@ def test_half_quadratic_offsets_are_as_good_as_torchaos(bits):
 
 def test_wrong_requests_are_refused():
     w = torch.randn(2, 40)
-    with pytest.raises(ValueError, match=r"ranges.w_NK: group_size 32 does not divide 40 input features; use"):
+    with pytest.raises(
+        ValueError, match=r"ranges.w_NK: group_size 32 does not divide 40 input features; use"
+    ):
         minmax_grid(w, AffineFormat(group_size=32))
     with pytest.raises(ValueError, match=r"lp_grid.p: 1.0; use 2 to 5"):
         lp_grid(w, SYMMETRIC, p=1.0)
