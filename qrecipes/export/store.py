@@ -82,7 +82,7 @@ def _build_empty(run: Run, dtype: torch.dtype, device: str | torch.device) -> nn
 
 
 def _stored_dtype(path: Path, run: Run) -> torch.dtype:
-    """The type of the run's model in a file: bfloat16 if any of its tensors has it, since buffers stay float32.
+    """The type of the run's model in a file: bfloat16 if any of its tensors has it, as buffers stay float32.
 
     Tensors that the model had not before its transforms, such as scales, have types of their own.
     """
@@ -236,8 +236,9 @@ def _check_formats(folder: Path, model: nn.Module, manifest: dict[str, Any]) -> 
             for parts in (stored, made)
         ]
         raise ExportError(
-            f"{folder}: holds low-bit layers ({described[0]}) other than its run.toml makes ({described[1]}); "
-            f"use the version of qrecipes that wrote it ({manifest.get('written_by', 'unknown')})"
+            f"{folder}: holds low-bit layers ({described[0]}) other than its run.toml makes "
+            f"({described[1]}); use the version of qrecipes that wrote it "
+            f"({manifest.get('written_by', 'unknown')})"
         )
 
 

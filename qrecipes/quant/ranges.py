@@ -12,11 +12,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from qrecipes.quant.affine import AffineGrid, affine_grid, dequantize_affine, quantize_affine, with_offset
+from qrecipes.quant.affine import AffineGrid, affine_grid, with_offset
 from qrecipes.quant.formats import AffineFormat
+from qrecipes.quant.packing import signed_range
 
-CHUNK_ELEMENTS = 2**22
-"""Weights searched at once: some ten float32 tensors of this size are alive."""
+CHUNK_ELEMENTS = {"cpu": 2**18, "cuda": 2**24}
+"""Weights searched at once, by kind of device: some five float32 tensors of this size are alive. On a CPU
+they stay in its cache."""
 LEAST_POWER, GREATEST_POWER = 2.0, 5.0
 
 
@@ -43,8 +45,8 @@ def lp_grid(
     """The range that minimizes the sum of |W - W_hat|**p over a group, of fractions of its whole range.
 
     LR-QAT (arXiv 2406.06385), which takes p from 2 to 5. Symmetric: thresholds k / `candidates` of the
-    greatest magnitude (plus `margin`, in units of W). Asymmetric: both ends shrink together, towards 0 with an
-    integer zero point and towards the middle of the range with a float one; then the low end alone is
+    greatest magnitude (plus `margin`, in units of W). Asymmetric: both ends shrink together, towards 0 with
+    an integer zero point and towards the middle of the range with a float one; then the low end alone is
     searched, then the high end. Of equal errors the smaller range wins. A group that is not finite gets its
     whole range.
 
@@ -103,7 +105,8 @@ def _groups(w_NK: Tensor, format: AffineFormat) -> Tensor:
 
 
 def _row_chunks(w_NGS: Tensor) -> tuple[Tensor, ...]:
-    rows = max(1, CHUNK_ELEMENTS // (w_NGS.shape[1] * w_NGS.shape[2]))
+    elements = CHUNK_ELEMENTS.get(w_NGS.device.type, CHUNK_ELEMENTS["cpu"])
+    rows = max(1, elements // (w_NGS.shape[1] * w_NGS.shape[2]))
     return w_NGS.split(rows)
 
 
@@ -142,22 +145,39 @@ class _Best:
     """The best range of each group so far."""
 
     def __init__(self, w_NGS: Tensor, format: AffineFormat, p: float, low: Tensor, high: Tensor) -> None:
-        self.w_NK, self.format, self.p = w_NGS.flatten(1), format, p
+        self.w_NGS, self.format, self.p = w_NGS, format, p
         self.low, self.high = low, high
         self.error = torch.full_like(low, torch.inf)
 
     def consider(self, low: Tensor, high: Tensor) -> None:
         """Take a range where its error is less; NaN is not."""
         grid = affine_grid(low, high, self.format)
-        error = _error(self.w_NK, grid, self.format.bits).unflatten(1, (low.shape[1], -1))
+        error = _error(self.w_NGS, grid, self.format.bits)
         total = _power(error.abs_(), self.p).sum(-1)
         better = total < self.error
         self.error = torch.where(better, total, self.error)
         self.low, self.high = torch.where(better, low, self.low), torch.where(better, high, self.high)
 
 
-def _error(w_NK: Tensor, grid: AffineGrid, bits: int) -> Tensor:
-    return w_NK - dequantize_affine(quantize_affine(w_NK, grid, bits), grid, torch.float32)
+def _error(w_NGS: Tensor, grid: AffineGrid, bits: int) -> Tensor:
+    """Float32 weights less what `quantize_affine` and `dequantize_affine` make of them, bit for bit.
+
+    Fused by hand, in place and without integers: a search does nothing else, and is 5 times as fast for it.
+    """
+    scale, zero, offset = (None if t is None else t.float().unsqueeze(-1) for t in grid)
+    assert scale is not None, grid
+    divisor = torch.where(scale == 0, 1.0, scale)
+    w_hat = w_NGS / divisor if offset is None else (w_NGS - offset).div_(divisor)
+    w_hat.round_()
+    if zero is not None:
+        w_hat.add_(zero)
+    w_hat.clamp_(*signed_range(bits))
+    if zero is not None:
+        w_hat.sub_(zero)
+    w_hat.mul_(scale)
+    if offset is not None:
+        w_hat.add_(offset)
+    return torch.sub(w_NGS, w_hat, out=w_hat)
 
 
 def _power(magnitude: Tensor, p: float) -> Tensor:
@@ -176,7 +196,7 @@ def _half_quadratic(
     for grid in (kept, with_zero._replace(offset=_offset(with_zero).to(_offset(kept).dtype))):
         strength = beta
         for _ in range(iterations + 1):
-            error_NGS = _error(w_NGS.flatten(1), grid, format.bits).view_as(w_NGS)
+            error_NGS = _error(w_NGS, grid, format.bits)
             magnitude = error_NGS.abs()
             total = magnitude.pow(p).sum(-1)
             better = total < least

@@ -104,9 +104,9 @@ def test_wrong_nf4_formats_are_refused():
 
 
 def test_wrong_json_is_refused():
-    with pytest.raises(ValueError, match="format.kind: 'fp4'; use one of affine, nf4"):
+    with pytest.raises(ValueError, match=r"format.kind: 'fp4'; use one of affine, nf4"):
         format_from_json({"kind": "fp4"})
-    with pytest.raises(ValueError, match="format.groupsize: unknown key of affine; known: bits, group_size"):
+    with pytest.raises(ValueError, match=r"format.groupsize: unknown key of affine; known: bits, group_size"):
         format_from_json({"kind": "affine", "groupsize": 32})
 
 

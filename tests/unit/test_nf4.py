@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from statistics import NormalDist
 
 import pytest
@@ -19,7 +20,7 @@ from qrecipes.quant.nf4 import (
     quantize_nf4,
 )
 
-widest_gap = max(high - low for low, high in zip(NF4_LEVELS, NF4_LEVELS[1:], strict=False))
+widest_gap = max(high - low for low, high in pairwise(NF4_LEVELS))
 
 
 def test_levels_are_the_quantiles_of_the_definition():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -107,6 +108,17 @@ def test_a_search_is_never_worse_than_the_whole_range(zero, bits, p, seed):
     assert (found <= whole * (1 + 1e-5)).all()  # errors are compared in float32
 
 
+@pytest.mark.parametrize("scale_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("format", [SYMMETRIC, INTEGER, FLOAT], ids=["symmetric", "integer", "float"])
+def test_errors_in_a_search_are_those_of_quantization_bit_for_bit(format, scale_dtype):
+    w = heavy_tailed(9, 64)
+    w[0] = 0
+    format = replace(format, group_size=16, scale_dtype=scale_dtype, offset_dtype=scale_dtype)
+    grid = minmax_grid(0.7 * w, format)
+    expected = w - dequantize_affine(quantize_affine(w, grid, format.bits), grid, torch.float32)
+    assert torch.equal(ranges._error(w.reshape(9, 4, 16), grid, format.bits).flatten(1), expected)
+
+
 def test_memory_is_bounded_and_chunks_do_not_matter(monkeypatch):
     w = heavy_tailed(33, 64)
     format = AffineFormat(bits=3, group_size=32, symmetric=False)
@@ -114,7 +126,7 @@ def test_memory_is_bounded_and_chunks_do_not_matter(monkeypatch):
     whole = [*lp_grid(w, format, candidates=10)[:2], hqq_grid(w, float_format).offset]
     sizes = []
     search = ranges._search
-    monkeypatch.setattr(ranges, "CHUNK_ELEMENTS", 300)
+    monkeypatch.setattr(ranges, "CHUNK_ELEMENTS", {"cpu": 300})
     monkeypatch.setattr(ranges, "_search", lambda part, *a: sizes.append(part.numel()) or search(part, *a))
     parts = [*lp_grid(w, format, candidates=10)[:2], hqq_grid(w, float_format).offset]
     assert max(sizes) <= 300
@@ -162,7 +174,17 @@ def test_half_quadratic_offsets_are_as_good_as_torchaos(bits):
     spread = lambda t: t.double().repeat_interleave(64, 1)  # noqa: E731
     theirs = (w - (q.double() - spread(zero)) * spread(scale)).abs().pow(0.7).sum()
     assert ours <= theirs
-    assert ours < 0.99 * loss(w, minmax_grid(w, format), bits, 0.7).sum()
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_half_quadratic_offsets_improve_on_both_of_their_starts(bits):
+    w = 0.02 * torch.randn(32, 128)
+    format = AffineFormat(bits=bits, group_size=64, symmetric=False, zero_point="float")
+    starts = [minmax_grid(w, f) for f in (format, AffineFormat(bits=bits, group_size=64, symmetric=False))]
+    start = torch.stack([loss(w, grid, bits, 0.7) for grid in starts]).amin(0)
+    found = loss(w, hqq_grid(w, format), bits, 0.7)
+    assert (found <= start * (1 + 1e-5)).all()  # errors are compared in float32
+    assert found.sum() < 0.99 * start.sum()  # normal weights: 1.4 to 2.6% over three seeds and all widths
 
 
 def test_wrong_requests_are_refused():
