@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,6 @@ from qrecipes.quant.gptq import (
 from qrecipes.quant.linear import QuantLinear
 from qrecipes.quant.ranges import RANGES
 
-Method = Literal["rtn", "lp", "mse", "hqq", "gptq"]
 METHODS = ("rtn", "lp", "mse", "hqq", "gptq")
 
 
@@ -35,9 +34,9 @@ class PostTraining:
     """How weights become low-bit ones."""
 
     format: WeightFormat = field(default_factory=AffineFormat)
-    method: Method = "rtn"
+    method: str = "rtn"
     """A range method of `ranges.RANGES`, which rounds to nearest, or `gptq`. NF4 has `rtn` only."""
-    ranges: Literal["rtn", "lp", "mse", "hqq"] = "rtn"
+    ranges: str = "rtn"
     """The range method that `gptq` uses for its groups."""
     p: float = 4.0
     """Exponent of the range method `lp`."""
@@ -198,7 +197,14 @@ def _quantize_group(
     weights = sum(layer.weight.numel() for layer in group.values())
     seconds = (time.monotonic() - began) / weights
     errors = [
-        LayerError(fqn, *layer.weight.shape, *errors, damping, seconds * layer.weight.numel())
+        LayerError(
+            fqn,
+            layer.out_features,
+            layer.in_features,
+            *errors,
+            damping=damping,
+            seconds=seconds * layer.weight.numel(),
+        )
         for (fqn, layer), errors in zip(group.items(), measured, strict=True)
     ]
     return dict(quantized), errors
