@@ -24,7 +24,7 @@ from qrecipes.quant.gptq import (
     relative_weight_error,
 )
 from qrecipes.quant.linear import QuantLinear
-from qrecipes.quant.ranges import RANGES
+from qrecipes.quant.ranges import GREATEST_POWER, LEAST_POWER, RANGES
 
 METHODS = ("rtn", "lp", "mse", "hqq", "gptq")
 
@@ -47,6 +47,8 @@ class PostTraining:
             raise ConfigError(f"method: {self.method!r}; use one of {', '.join(METHODS)}")
         if self.range_method not in RANGES:
             raise ConfigError(f"ranges: {self.range_method!r}; use one of {', '.join(RANGES)}")
+        if not LEAST_POWER <= self.p <= GREATEST_POWER:
+            raise ConfigError(f"p: {self.p:g}; use {LEAST_POWER:g} to {GREATEST_POWER:g}")
         if isinstance(self.format, NF4Format):
             if self.method != "rtn":
                 raise ConfigError(f"method: {self.method!r}, but NF4 has fixed levels; use 'rtn'")
