@@ -277,7 +277,7 @@ def test_requests_that_make_no_sense_are_refused(capsys, tmp_path, arguments, me
 
 def test_text_that_is_too_short_is_refused_with_the_tokens_needed_and_found(capsys, tmp_path):
     short = tmp_path / "short.txt"
-    short.write_text("Once upon a time, there was a little girl.")
+    short.write_text("Once upon a time, there was a little girl. " * 10)  # one sample, not twenty
     count = (
         len(open_model(MODEL).require_tokenizer().encode(short.read_text())) + 2
     )  # and its beginning and end
