@@ -27,6 +27,7 @@ from qrecipes.errors import ConfigError, WeightsError
 from qrecipes.models import gemma2, hub
 from qrecipes.models.families import Config
 from qrecipes.models.sources import pretrained, resolve, translate
+from qrecipes.quant.linear import QuantLinear
 
 if TYPE_CHECKING:
     from qrecipes.config.run import ModelSection
@@ -197,13 +198,17 @@ def initialize_adapter_magnitudes_(model: nn.Module) -> None:
 
 @torch.no_grad()
 def cast_(model: nn.Module, dtype: torch.dtype, *, buffers: bool) -> None:
-    """Cast floating-point parameters in place, and buffers if asked; tensor subclasses (NF4) stay as is.
+    """Cast floating-point parameters in place, and buffers if asked; tensor subclasses (NF4) stay as is, and
+    low-bit layers compute in `dtype` with their scales as they are.
 
     Modules that keep running statistics stay float32 as a whole: batch norm refuses weights of another type
     than its statistics, and statistics lose their small updates in bfloat16.
     """
     for module in model.modules():
         if getattr(module, "running_mean", None) is not None:
+            continue
+        if isinstance(module, QuantLinear):
+            module.to(dtype)
             continue
         for tensor in [
             *module.parameters(recurse=False),

@@ -37,6 +37,7 @@ from qrecipes.models.families import (
 from qrecipes.models.hub import locate
 from qrecipes.models.sources import pretrained, source_folder
 from qrecipes.models.traits import rotary_theta, traits
+from qrecipes.quant.linear import dequantized_state_dict
 
 if TYPE_CHECKING:
     from qrecipes.config.run import ModelSection
@@ -52,7 +53,7 @@ __all__ = [
 ]
 
 MAX_SHARD_BYTES = 5_000_000_000
-_ROTATED = re.compile(r"\.(q|k)_proj\.(weight|bias)$")
+_ROTATED = re.compile(r"\.(q|k)_proj\.(weight|bias|packed|scale|zero)$")
 _RECOMPUTED = re.compile(r"\.rotary_emb\.inv_freq$")
 """Tensors in old checkpoints that follow from config.json."""
 _COPIED = (
@@ -107,17 +108,26 @@ def load_pretrained(model: nn.Module, section: ModelSection) -> Path:
     if config is None or set(checkpoint.files) == set(targets):
         sources = {name: _Source(name) for name in checkpoint.files}
         _check_fit(model, targets, checkpoint, sources)
-        reorder: Reorder = _as_it_is
+        _copy(targets, checkpoint, sources, _as_it_is)
     else:
-        family = family_of(config, path)
-        known = complete(family, config, path)
-        sources = _family_sources(model, targets, checkpoint, family, known)
-        _check_fit(model, targets, checkpoint, sources)
-        _check_architecture(model, path, config, folder)
-        reorder = _reordering(family, known, _pairs_together)
-    _copy(targets, checkpoint, sources, reorder)
+        fill(model, checkpoint, family_of(config, path), config, folder)
     initialize_adapter_magnitudes_(model)
     return folder
+
+
+def fill(model: nn.Module, checkpoint: Checkpoint, family: Family, config: Config, folder: Path) -> None:
+    """Copy the tensors of a Hugging Face checkpoint, whose config.json is `config`, into a torchtune decoder.
+
+    Raises:
+        WeightsError: if they do not fit the model; the model is then unchanged.
+        ConfigError: if the model is longer than a window that it lacks.
+    """
+    targets = _targets(model)
+    known = complete(family, config, checkpoint.path)
+    sources = _family_sources(model, targets, checkpoint, family, known)
+    _check_fit(model, targets, checkpoint, sources)
+    _check_architecture(model, checkpoint.path, config, folder)
+    _copy(targets, checkpoint, sources, _reordering(family, known, _pairs_together))
 
 
 def state_dict_to_huggingface(state_dict: dict[str, Tensor], config: dict[str, Any]) -> dict[str, Tensor]:
@@ -152,7 +162,8 @@ def save_huggingface(
     Writes model.safetensors, or shards of at most `max_shard_bytes` and their index, in `dtype` or else in
     the parameters' own; config.json, the source's with its type and tying corrected; and copies of
     generation_config.json and the tokenizer's files. `destination` appears by a rename, complete. `args` are
-    the builder's arguments that overrode config.json, if any did, and are written into it.
+    the builder's arguments that overrode config.json, if any did, and are written into it. Low-bit layers are
+    written dequantized, all of them in memory at once.
 
     Raises:
         ExportError: if the model is no torchtune decoder of plain layers, does not fit the source's config,
@@ -167,7 +178,7 @@ def save_huggingface(
         raise ExportError(f"{destination}: is the folder that the model came from; name another")
     if destination.is_dir() and any(destination.iterdir()) and read_config(destination) is None:
         raise ExportError(f"{destination}: exists and is no Hugging Face folder; name another, or remove it")
-    state_dict = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    state_dict = dequantized_state_dict(model)
     try:
         family = family_of(config, source_folder)
         config |= overridden(family, args)
