@@ -3,15 +3,19 @@ receipt."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from qrecipes.errors import ConfigError
+from qrecipes.quant.linear import QuantLinear
 from qrecipes.transforms import probe
 from qrecipes.transforms.base import (
+    Adapter,
+    LinearTransform,
+    MergeBounds,
     ParamGroup,
     StepContext,
     Transform,
@@ -83,7 +87,7 @@ class Chain:
             ConfigError: if a transform selects no layer.
             ProbeError: if a swapped layer is bit-equal to the original or beyond its method's bounds.
         """
-        before = [(fqn, linear, tuple(linear.weight.shape)) for fqn, linear in named_linears(model)]
+        before = [(fqn, linear, (linear.out_features, linear.in_features)) for fqn, linear in named_linears(model)]
         rows = [
             LayerReceipt(fqn, shape, None, None, parameter_bytes(linear), parameter_bytes(linear))
             for fqn, linear, shape in before
@@ -97,6 +101,7 @@ class Chain:
             recordings = probe.record(model, sites, loss) if loss is not None else {}
             model = transform.swap(model)
             swapped = transform.layers(model)
+            owned = {id(p) for group in transform.param_groups(model) for p in group.params}
             for fqn in sites:
                 layer, row = swapped.get(fqn), by_name.get(fqn)
                 if layer is None:
@@ -106,7 +111,7 @@ class Chain:
                     row.method, row.bytes_after = transform.name, parameter_bytes(layer)
                 if fqn in recordings:
                     sqnr, found = probe.compare(
-                        fqn, transform.name, layer, transform.bounds(), recordings[fqn], device
+                        fqn, transform.name, layer, transform.bounds(), recordings[fqn], owned, device
                     )
                     faults += found
                     if row is not None:
@@ -134,10 +139,11 @@ class Chain:
             f"{len(names)}{': ' + some if names else ''}"
         )
 
-    def _explain(self, rows: list[LayerReceipt], linears: dict[str, nn.Linear]) -> None:
+    def _explain(self, rows: list[LayerReceipt], linears: dict[str, nn.Linear | QuantLinear]) -> None:
+        taken = {kind for t in self.transforms if isinstance(t, LinearTransform) for kind in t.kinds}
         for row in rows:
             if row.method is None:
-                if type(linears[row.fqn]) is not nn.Linear:
+                if type(linears[row.fqn]) not in taken | {nn.Linear}:
                     row.reason = f"{type(linears[row.fqn]).__name__} is no plain nn.Linear"
                 else:
                     reasons = [transform.config.reason_to_skip(row.fqn) for transform in self.transforms]
@@ -186,6 +192,34 @@ class Chain:
         """Call every transform's hook, in order."""
         for transform in self.transforms:
             transform.after_backward(ctx)
+
+    def merge_bounds(self) -> MergeBounds:
+        """What an export holds `finalize` to: the sum over the transforms."""
+        bounds = MergeBounds(0.0, 0.0, 0.0, 0.0)
+        for transform in self.transforms:
+            bounds = bounds.plus(transform.merge_bounds())
+        return bounds
+
+    def detach_adapters(self, model: nn.Module) -> dict[str, Adapter]:
+        """Leave the frozen layers in the place of adapted ones, and give their adapters by name."""
+        adapters: dict[str, Adapter] = {}
+        for transform in self.transforms:
+            adapters |= transform.detach_adapters(model)
+        return adapters
+
+    def load_adapters(self, model: nn.Module, adapters: Mapping[str, Adapter]) -> None:
+        """Overwrite the adapters of the model's layers.
+
+        Raises:
+            ConfigError: if one does not fit its layer, or a name is of no layer with an adapter.
+        """
+        taken = {name for transform in self.transforms for name in transform.load_adapters(model, adapters)}
+        left = [name for name in adapters if name not in taken]
+        if left:
+            raise ConfigError(
+                f"{len(left)} of {len(adapters)} adapters have no layer to go to: {', '.join(left[:3])}"
+                f"{', ...' if len(left) > 3 else ''}; widen the transform's targets, or skip less"
+            )
 
     def finalize(self, model: nn.Module) -> nn.Module:
         """Turn every swapped layer into `nn.Linear` or `QuantLinear`, last transform first; a second call is
