@@ -16,9 +16,10 @@ import torch
 from qrecipes.cli.report import run_main
 from qrecipes.config import parse
 from qrecipes.config.run import Run
-from qrecipes.data import build_data
+from qrecipes.data import ValidationData, build_data
 from qrecipes.data.tokenizers import tokenizer_of
 from qrecipes.errors import TrainingError
+from qrecipes.export.peft import load_peft
 from qrecipes.models.build import build, resolve_dtype
 from qrecipes.models.weights import load_pretrained, pretrained
 from qrecipes.parallel import process as processes
@@ -85,6 +86,8 @@ def train(run: Run, process: Process) -> int:
         replace(run.task, loss="plain")
     )  # its backward pass runs after the forward, as the probe expects
     model = chain.swap(model, loss=lambda m: plain.loss(m, probe_batch), device=process.device)
+    if run.model.adapter is not None:
+        load_peft(Path(run.model.adapter), model, chain, run.model)
     flops = training_flops(model, run.data.sequence_length)
     task = Task(run.task, compile=run.parallel.compile)  # only now: the probe's shape is not the run's
     model = parallelize(model, run.parallel, process)
@@ -160,7 +163,7 @@ def train(run: Run, process: Process) -> int:
     if first_step >= run.steps and process.is_main:
         print(f"{run.output}: all {run.steps} steps were done before; nothing to train", file=sys.stderr)
     if run.export.at_end:
-        export_in_this_process(run, process)
+        export_in_this_process(run, process, held_out)
     return 0
 
 
@@ -183,12 +186,20 @@ def was_judged(run: Run) -> bool:
     return any(row.get("step") == run.steps and "val_loss" in row for row in map(json.loads, rows))
 
 
-def export_in_this_process(run: Run, process: Process) -> None:
+def export_in_this_process(run: Run, process: Process, held_out: ValidationData | None) -> None:
     """Export the finished run as `qrecipes export` does; ranks but the first wait."""
     from qrecipes.export.store import export_run
 
     if process.is_main:
-        for path in export_run(Path(run.output), step=run.steps, huggingface=run.export.huggingface):
+        written = export_run(
+            Path(run.output),
+            step=run.steps,
+            huggingface=run.export.huggingface,
+            peft=run.export.peft,
+            check_merge=run.export.check_merge,
+            held_out=held_out,
+        )
+        for path in written:
             print(f"exported to {path}", file=sys.stderr)
     process.barrier()
 

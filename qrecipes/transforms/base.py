@@ -6,7 +6,7 @@ from __future__ import annotations
 import abc
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import astuple, dataclass, field
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, ClassVar, Generic, NamedTuple, TypeVar
 
@@ -112,11 +112,15 @@ class MergeBounds:
 
     def plus(self, other: MergeBounds) -> MergeBounds:
         """The bounds of two methods in one model: their errors add up."""
+
+        def add(mine: float | None, theirs: float | None) -> float | None:
+            return None if mine is None or theirs is None else mine + theirs
+
         return MergeBounds(
-            *(
-                None if mine is None or theirs is None else mine + theirs
-                for mine, theirs in zip(astuple(self), astuple(other), strict=True)
-            )
+            add(self.float64, other.float64),
+            add(self.float32, other.float32),
+            add(self.bfloat16, other.bfloat16),
+            self.perplexity + other.perplexity,
         )
 
 

@@ -87,7 +87,9 @@ class Chain:
             ConfigError: if a transform selects no layer.
             ProbeError: if a swapped layer is bit-equal to the original or beyond its method's bounds.
         """
-        before = [(fqn, linear, (linear.out_features, linear.in_features)) for fqn, linear in named_linears(model)]
+        before = [
+            (fqn, linear, (linear.out_features, linear.in_features)) for fqn, linear in named_linears(model)
+        ]
         rows = [
             LayerReceipt(fqn, shape, None, None, parameter_bytes(linear), parameter_bytes(linear))
             for fqn, linear, shape in before

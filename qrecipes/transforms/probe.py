@@ -165,8 +165,8 @@ def compare(
 ) -> tuple[dict[str, float], list[str]]:
     """SQNR in dB of each product the method changes, and what is wrong with them.
 
-    `owned` are the ids of the parameters that the method trains. The layer is moved to `device` meanwhile, so that a model built on the CPU is probed with the kernels it
-    will train with.
+    `owned` are the ids of the parameters that the method trains. The layer is moved to `device` meanwhile, so
+    that a model built on the CPU is probed with the kernels it will train with.
     """
     own = [name for name, p in layer.named_parameters() if id(p) in owned]
     home = next((t.device for t in [*layer.parameters(), *layer.buffers()]), torch.device("cpu"))
