@@ -17,7 +17,7 @@ ADAPTER_TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class AdaptedLinear(nn.Module):
-    """A frozen `base`, and parameters beside it that `to`, `bfloat16` and the like move but do not convert."""
+    """A frozen `base`, and parameters beside it that `to`, `bfloat16` and the like move, not convert."""
 
     base: nn.Linear | QuantLinear
 

@@ -189,7 +189,8 @@ class LoRALinear(AdaptedLinear):
         product = linear(linear(x, self.lora_a.to(x.dtype)) * self.scaling, self.lora_b.to(x.dtype))
         if self.magnitude is None:
             return y + product
-        g = (self.magnitude / self.row_norms().to(self.magnitude.dtype)).to(y.dtype)
+        norms = self.row_norms()
+        g = (self.magnitude.to(norms.dtype) / norms).to(y.dtype)
         unbiased = y if self.base.bias is None else y - self.base.bias
         if x is not input:  # peft's: what the magnitude adds sees the dropped input, the base does not
             unbiased = self._unbiased(x)
@@ -343,9 +344,10 @@ class LoRA(LinearTransform[LoRAConfig]):
         taken = [fqn for fqn in adapters if fqn in layers]
         for fqn in taken:
             given, layer = adapters[fqn], layers[fqn]
-            check_shapes(
-                f"adapter of {fqn}", given, {"a": tuple(layer.lora_a.shape), "b": tuple(layer.lora_b.shape)}
-            )
+            wanted = {"a": tuple(layer.lora_a.shape), "b": tuple(layer.lora_b.shape)}
+            if layer.magnitude is not None and given.magnitude is not None:
+                wanted |= {"magnitude": tuple(layer.magnitude.shape)}
+            check_shapes(f"adapter of {fqn}", given, wanted)
             if not math.isclose(given.scaling, layer.scaling):
                 raise ConfigError(
                     f"adapter of {fqn}: is scaled by {given.scaling:g}, and the layer's by "
@@ -357,9 +359,10 @@ class LoRA(LinearTransform[LoRAConfig]):
                     f"adapter of {fqn}: {has} DoRA's magnitudes, and the layer {lacks} them; set use_dora "
                     "to what the adapter was trained with"
                 )
+        for fqn in taken:  # only now that all fit
+            given, layer = adapters[fqn], layers[fqn]
             layer.lora_a.copy_(given.a)
             layer.lora_b.copy_(given.b)
             if layer.magnitude is not None:
-                check_shapes(f"adapter of {fqn}", given, {"magnitude": tuple(layer.magnitude.shape)})
                 layer.magnitude.copy_(cast(Tensor, given.magnitude))
         return taken

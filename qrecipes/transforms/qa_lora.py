@@ -268,6 +268,9 @@ class QALoRA(LinearTransform[QALoRAConfig]):
                     f"{where}: is scaled by {given.scaling:g}, and the layer's by {config.scaling:g}; set "
                     "the transform's alpha and rank to the adapter's"
                 )
-            layer.lora_a.copy_(convert_pool(groups[..., 0], config.group_size, "sum", config.pool))
+        for fqn in taken:  # only now that all fit
+            given, layer = adapters[fqn], layers[fqn]
+            a = given.a[:, :: config.group_size]
+            layer.lora_a.copy_(convert_pool(a, config.group_size, "sum", config.pool))
             layer.lora_b.copy_(given.b)
         return taken
