@@ -4,6 +4,7 @@ receipt."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -104,7 +105,10 @@ class Chain:
             model = transform.swap(model)
             swapped = transform.layers(model)
             owned = {id(p) for group in transform.param_groups(model) for p in group.params}
-            for fqn in sites:
+            bounds = transform.bounds()
+            # a layer that was low-bit before keeps its integers, and so may keep its products
+            low_bit = replace(bounds, may_equal=True)
+            for fqn, site in sites.items():
                 layer, row = swapped.get(fqn), by_name.get(fqn)
                 if layer is None:
                     faults.append(f"{fqn}: selected by {transform.name}, but not replaced")
@@ -112,8 +116,9 @@ class Chain:
                 if row is not None:
                     row.method, row.bytes_after = transform.name, parameter_bytes(layer)
                 if fqn in recordings:
+                    allowed = low_bit if isinstance(site, QuantLinear) else bounds
                     sqnr, found = probe.compare(
-                        fqn, transform.name, layer, transform.bounds(), recordings[fqn], owned, device
+                        fqn, transform.name, layer, allowed, recordings[fqn], owned, device
                     )
                     faults += found
                     if row is not None:
