@@ -1,5 +1,5 @@
-"""The verbs: `qrecipes ls | cat | cp | check | schema | run | generate | evaluate | export | data |
-download`.
+"""The verbs: `qrecipes ls | cat | cp | check | schema | run | generate | evaluate | quantize | export |
+data | download`.
 
 Nothing here imports torch before a verb needs it, so that help and `ls` answer at once.
 """
@@ -21,6 +21,7 @@ from qrecipes.errors import ConfigError
 _SCRIPTS = {
     "generate": "text from a model, or a chat with it",
     "evaluate": "perplexity and task scores of one or several models",
+    "quantize": "a model's weights in 2 to 8 bits, as an export: the post-training baseline",
     "export": "a checkpoint as files to deploy",
     "data": "look at what a configuration trains on",
     "download": "fetch a model from the Hugging Face hub",

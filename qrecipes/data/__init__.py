@@ -45,6 +45,7 @@ __all__ = [
     "build_training_data",
     "build_validation_data",
     "load_tokenizer",
+    "read_tokens",
 ]
 
 
@@ -73,6 +74,13 @@ def build_validation_data(
 ) -> ValidationData | None:
     """Held-out data of one rank, None where the section names none; raises as `build_data`."""
     return _Builder(data, tokenizer, task, seed, Share(data.batch_size, rank, world)).validation()
+
+
+def read_tokens(
+    data: DataSection, tokenizer: Tokenizer | None, *, task: TaskSection, seed: int = 0
+) -> TokenStream:
+    """All training tokens of a section with source `text`, `tokens` or `dataset`; raises as `build_data`."""
+    return _Builder(data, tokenizer, task, seed, Share(data.batch_size, 0, 1)).training_stream()
 
 
 class _Builder:
@@ -188,7 +196,7 @@ class _Builder:
         if data.source == "images":
             images = self._training_images()
             return ImageFolder(images, size=data.image_size, augment_seed=self.seed if data.augment else None)
-        stream = self._training_stream()
+        stream = self.training_stream()
         if data.validation_fraction and not self.held_out_apart:
             stream, _ = cut(stream, data.sequence_length, data.validation_fraction)
         check_length(stream, data.sequence_length, "data.files")
@@ -205,7 +213,7 @@ class _Builder:
         if self.held_out_apart:
             stream = self._validation_stream()
         else:
-            _, stream = cut(self._training_stream(), data.sequence_length, data.validation_fraction)
+            _, stream = cut(self.training_stream(), data.sequence_length, data.validation_fraction)
         return Sequences(stream, data.sequence_length, keeps_rest=True)
 
     def _synthetic(self, *, held_out: bool) -> Source:
@@ -218,7 +226,8 @@ class _Builder:
             vocab_size=data.vocab_size, length=data.sequence_length, seed=seed, held_out=held_out
         )
 
-    def _training_stream(self) -> TokenStream:
+    def training_stream(self) -> TokenStream:
+        """Training tokens, and held-out ones where they are a share of the same files."""
         if self._stream is None:
             self._stream = self._read(self.data.files, self.data.split, "data.files")
         return self._stream

@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from qrecipes.data import IGNORE, Batch
 from qrecipes.errors import ExportError
 from qrecipes.export.integer_zeros import has_float_zeros, round_zeros_
-from qrecipes.training.task import forward
+from qrecipes.training.task import forward_batch
 from qrecipes.transforms.base import MergeBounds, named_linears
 from qrecipes.transforms.chain import Chain
 
@@ -184,9 +184,9 @@ def _logit_error(model: nn.Module, chain: Chain, batch: Batch, name: str, bound:
 
 def _in_type(model: nn.Module, batch: Batch, dtype: torch.dtype) -> Tensor:
     if dtype is not torch.float64:
-        return forward(model, batch).double()
+        return forward_batch(model, batch).double()
     with _Wide():
-        return forward(model, batch)
+        return forward_batch(model, batch)
 
 
 class _Wide(TorchFunctionMode):
@@ -212,7 +212,7 @@ def _held_out(
             wanted = moved.targets.flatten()[counted].unsqueeze(-1)
             first: Tensor | None = None
             for i, model in enumerate(models):
-                logprobs = forward(model, moved).flatten(0, -2)[counted].double().log_softmax(-1)
+                logprobs = forward_batch(model, moved).flatten(0, -2)[counted].double().log_softmax(-1)
                 losses[i] -= float(logprobs.gather(-1, wanted).sum())
                 first = logprobs if first is None else first
                 divergences[i] += float((first.exp() * (first - logprobs)).sum())

@@ -12,8 +12,9 @@ from torch import nn
 from qrecipes.config.run import ModelSection, Run
 from qrecipes.data.tokenizers import Tokenizer, load_own_tokenizer, tokenizer_of
 from qrecipes.errors import ConfigError, WeightsError
-from qrecipes.export.store import MANIFEST, load_export_and_run, load_run
+from qrecipes.export.store import MANIFEST, Origin, load_export_and_origin, load_run
 from qrecipes.models.build import build, resolve_dtype
+from qrecipes.models.gptq_checkpoint import is_gptq, load_gptq
 from qrecipes.models.weights import load_pretrained
 from qrecipes.training.output import RUN_FILE
 
@@ -27,7 +28,15 @@ class OpenedModel:
     model: nn.Module
     tokenizer: Tokenizer | None
     run: Run | None
-    """The run that it came from; None for a Hugging Face model."""
+    """The run that it came from; None for a Hugging Face model, and for one converted from it."""
+    section: ModelSection | None = None
+    """The model, as a run describes it."""
+
+    @property
+    def origin(self) -> Origin:
+        """Where the model came from, for another export."""
+        assert self.section is not None, self.name
+        return Origin(model=self.section, run=self.run, tokenizer=self.tokenizer)
 
     @property
     def max_length(self) -> int | None:
@@ -66,8 +75,9 @@ def open_model(name: str, *, device: str | torch.device = "cpu", dtype: str = "a
     """The model that `name` means: the folder of a run (its newest checkpoint) or of an export, or
     `hf:FOLDER_OR_REPOSITORY`.
 
-    A run and an export keep the type they were stored in; `dtype` ("auto", "float32" or "bfloat16") is that
-    of a Hugging Face model, where "auto" is bfloat16 on a GPU and float32 on a CPU.
+    A Hugging Face folder may be a checkpoint of AutoGPTQ or GPTQModel, whose layers stay low-bit. A run and
+    an export keep the type they were stored in; `dtype` ("auto", "float32" or "bfloat16") is that of a
+    Hugging Face model, where "auto" is bfloat16 on a GPU and float32 on a CPU.
 
     Raises:
         ConfigError: if `name` is none of these.
@@ -77,23 +87,28 @@ def open_model(name: str, *, device: str | torch.device = "cpu", dtype: str = "a
     """
     if name.startswith("hf:"):
         section = ModelSection(source=name, dtype=dtype)  # type: ignore[arg-type]
-        model = build(section, dtype=resolve_dtype(section, device), device=device)
-        tokenizer = load_own_tokenizer(load_pretrained(model, section))
+        compute = resolve_dtype(section, device)
+        if is_gptq(section):
+            model, folder, section = load_gptq(section, dtype=compute, device=device)
+        else:
+            model = build(section, dtype=compute, device=device)
+            folder = load_pretrained(model, section)
+        tokenizer = load_own_tokenizer(folder)
         _check_vocabulary(name, model, tokenizer)
-        return OpenedModel(name, model.eval(), tokenizer, None)
+        return OpenedModel(name, model.eval(), tokenizer, None, section)
     folder = Path(name)
     if (folder / MANIFEST).is_file():
-        model, run = load_export_and_run(folder, device=device)
-    elif (folder / RUN_FILE).is_file():
+        model, origin = load_export_and_origin(folder, device=device)
+        return OpenedModel(name, model, origin.tokenizer, origin.run, origin.model)
+    if (folder / RUN_FILE).is_file():
         model, run = load_run(folder, device=device)
-    elif (folder / "config.json").is_file():
+        return OpenedModel(name, model, tokenizer_of(run), run, run.model)
+    if (folder / "config.json").is_file():
         raise ConfigError(f"{name}: is a Hugging Face folder; write hf:{name}")
-    else:
-        raise ConfigError(
-            f"{name}: is neither a run nor an export; give the folder of one, or hf:FOLDER for a model of "
-            "Hugging Face"
-        )
-    return OpenedModel(name, model, tokenizer_of(run), run)
+    raise ConfigError(
+        f"{name}: is neither a run nor an export; give the folder of one, or hf:FOLDER for a model of "
+        "Hugging Face"
+    )
 
 
 def _check_vocabulary(name: str, model: Any, tokenizer: Tokenizer | None) -> None:

@@ -232,7 +232,7 @@ def _grouped(folder: Path, tensors: dict[str, Tensor]) -> dict[str, dict[str, Te
     strange += [layer for layer, parts in groups.items() if not {"a", "b"} <= parts.keys()]
     if strange or not groups:
         what = some(strange) if strange else "nothing"
-        raise WeightsError(f"{folder / TENSORS}: holds {what}; a LoRA holds A and B of each layer")
+        raise WeightsError(f"{folder / TENSORS}: holds {what}; it must hold lora_A and lora_B of each layer")
     return groups
 
 

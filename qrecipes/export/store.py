@@ -1,9 +1,10 @@
 """Finished models on disk: safetensors, a manifest, and the run they came from.
 
 An export is a folder that needs nothing else: `model.safetensors` with the finalized model's tensors,
-`manifest.json` with what they are, `run.toml` with how they came about, and the tokenizer's files. Loading
-replays build, swap and finalize on an empty model and assigns the stored tensors, so every method's export
-reloads by the same code. Where the model came from a Hugging Face folder, `huggingface/` beside it is one
+`manifest.json` with what they are, `run.toml` with the run that they came from, if one did, and the
+tokenizer's files. Loading replays build, swap and finalize on an empty model, puts low-bit layers where the
+manifest has some that no transform makes, and assigns the stored tensors, so every method's export reloads by
+the same code. Where the model came from a Hugging Face folder, `huggingface/` beside it is one
 that transformers loads; the manifest holds the builder and the arguments that its config.json asked for, so
 that neither folder is needed to reload.
 """
@@ -14,8 +15,8 @@ import hashlib
 import json
 import shutil
 import sys
-from collections.abc import Iterable
-from dataclasses import replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,10 @@ from torch import nn
 
 from qrecipes import __version__
 from qrecipes.config import parse
-from qrecipes.config.run import Run, TokenizerSection
+from qrecipes.config.run import ModelSection, Run, TokenizerSection
 from qrecipes.data import Batch, build_data
 from qrecipes.data.templates import find_template
-from qrecipes.data.tokenizers import Tokenizer, tokenizer_of
+from qrecipes.data.tokenizers import Tokenizer, load_own_tokenizer, tokenizer_of
 from qrecipes.errors import ConfigError, DataError, ExportError
 from qrecipes.export.merge_report import HELD_OUT_BATCHES, MergeReport, merge_report, sharing_parameters
 from qrecipes.export.peft import save_peft
@@ -37,7 +38,7 @@ from qrecipes.models.build import build
 from qrecipes.models.sources import resolve, source_folder
 from qrecipes.models.weights import save_huggingface
 from qrecipes.parallel.process import Process
-from qrecipes.quant.formats import format_to_json
+from qrecipes.quant.formats import format_from_json, format_to_json
 from qrecipes.quant.linear import QuantLinear
 from qrecipes.training import checkpoint
 from qrecipes.training.output import RUN_FILE, read_run
@@ -47,6 +48,18 @@ FORMAT = 1
 MANIFEST, TENSORS, TEMPLATE = "manifest.json", "model.safetensors", "chat_template.jinja"
 MERGE_REPORT = "merge_report.json"
 _ALONE = Process(0, 1, torch.device("cpu"), None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """Where the model of an export came from."""
+
+    model: ModelSection
+    run: Run | None = None
+    """The run that trained it; None for a model that was only converted."""
+    tokenizer: Tokenizer | None = None
+    notes: Mapping[str, Any] = field(default_factory=dict)
+    """More for the manifest, by key, such as how the model was quantized."""
 
 
 def load_run(
@@ -80,24 +93,19 @@ def load_swapped(
             f"{output}: has no checkpoint{'' if step is None else f' of step {step}'}; it has: {known}"
         )
     checkpoint.read_state(wanted[0])
-    dtype = _stored_dtype(wanted[0] / checkpoint.MODEL, run)
+    dtype = _stored_dtype(wanted[0] / checkpoint.MODEL, run.model)
     model, chain = _swapped_empty(run, dtype, device)
-    for fqn, module in model.named_modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if parameter.is_meta:
-                empty = torch.zeros_like(parameter, device=device)
-                setattr(module, name, nn.Parameter(empty, parameter.requires_grad))
-        assert not any(b.is_meta for b in module.buffers(recurse=False)), fqn
+    _materialize_(model, device)
     checkpoint.load_model(wanted[0], model, _ALONE)
     return model.eval(), chain, run
 
 
-def _build_empty(run: Run, dtype: torch.dtype, device: str | torch.device) -> nn.Module:
-    """The run's model with any values; nothing is downloaded, and the random state is put back."""
-    args = {key: value for key, value in run.model.args.items() if key != "pretrained"}
+def _build_empty(section: ModelSection, dtype: torch.dtype, device: str | torch.device) -> nn.Module:
+    """The model with any values; nothing is downloaded, and the random state is put back."""
+    args = {key: value for key, value in section.args.items() if key != "pretrained"}
     devices = [device] if torch.device(device).type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
-        return build(replace(run.model, args=args), dtype=dtype, device=device, initialize=False)
+        return build(replace(section, args=args), dtype=dtype, device=device, initialize=False)
 
 
 def _swapped_empty(run: Run, dtype: torch.dtype, device: str | torch.device) -> tuple[nn.Module, Chain]:
@@ -106,7 +114,7 @@ def _swapped_empty(run: Run, dtype: torch.dtype, device: str | torch.device) -> 
     Layers that a transform replaces are on the meta device, where none of its work is done: weights that are
     overwritten need no quantizing, nor do they lend themselves to it.
     """
-    model = _build_empty(run, dtype, device)
+    model = _build_empty(run.model, dtype, device)
     chain = Chain.from_configs(run.transform)
     for transform in chain.transforms:
         for site in transform.sites(model).values():
@@ -117,14 +125,23 @@ def _swapped_empty(run: Run, dtype: torch.dtype, device: str | torch.device) -> 
         return chain.swap(model), chain
 
 
-def _stored_dtype(path: Path, run: Run) -> torch.dtype:
-    """The type of the run's model in a file: bfloat16 if any of its tensors has it, as buffers stay float32.
+def _materialize_(model: nn.Module, device: str | torch.device) -> None:
+    """Put zeros in the place of every parameter that is on the meta device."""
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter.is_meta:
+                zeros = torch.zeros_like(parameter, device=device)
+                setattr(module, name, nn.Parameter(zeros, parameter.requires_grad))
+
+
+def _stored_dtype(path: Path, section: ModelSection) -> torch.dtype:
+    """The type of a model in a file: bfloat16 if any of its tensors has it, as buffers stay float32.
 
     Tensors that the model had not before its transforms, such as scales, have types of their own.
     """
     from safetensors import safe_open
 
-    plain = _build_empty(run, torch.float32, "meta").state_dict().keys()
+    plain = _build_empty(section, torch.float32, "meta").state_dict().keys()
     with safe_open(path, "pt") as file:
         types = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 - no dict
     kept = [dtype for name, dtype in types.items() if name in plain] or types.values()
@@ -132,35 +149,47 @@ def _stored_dtype(path: Path, run: Run) -> torch.dtype:
 
 
 def save(model: nn.Module, run: Run, destination: str | Path) -> Path:
-    """Write a finalized model as an export.
+    """Write a run's finalized model as an export; raises as `save_model`."""
+    return save_model(model, Origin(model=run.model, run=run, tokenizer=tokenizer_of(run)), destination)
 
-    Raises:
-        ExportError: if the folder exists and is no export, or cannot be written.
-    """
+
+def check_destination(destination: str | Path) -> None:
+    """Raise ExportError where `save_model` would not write: what is there is no export."""
     destination = Path(destination)
     if destination.is_file():
         raise ExportError(f"{destination}: is a file, and an export is a folder; give another --output")
     if destination.exists() and any(destination.iterdir()) and not (destination / MANIFEST).is_file():
         raise ExportError(f"{destination}: exists and is no export; give another --output, or remove it")
+
+
+def save_model(model: nn.Module, origin: Origin, destination: str | Path) -> Path:
+    """Write a model of plain and low-bit layers as an export.
+
+    Raises:
+        ExportError: if the folder exists and is no export, or cannot be written.
+    """
+    destination = Path(destination)
+    check_destination(destination)
+    run, tokenizer = origin.run, origin.tokenizer
     partial = destination.with_name(destination.name + ".partial")
     tensors = _unshared(model.state_dict())
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         save_file(tensors, partial / TENSORS, metadata={"format": "pt"})
-        (partial / RUN_FILE).write_text(parse.dump(run), encoding="utf-8")
-        shutil.copymode(partial / RUN_FILE, partial / TENSORS)  # safetensors makes files for the owner alone
-        tokenizer = tokenizer_of(run)
+        if run is not None:
+            (partial / RUN_FILE).write_text(parse.dump(run), encoding="utf-8")
         tokenizer_files = () if tokenizer is None else tokenizer.files
         for file in tokenizer_files:
             shutil.copyfile(file, partial / file.name)
         if tokenizer is not None and (partial / "tokenizer.json").is_file():
             _write_ends(tokenizer, partial / "generation_config.json")
-        if tokenizer is not None:
+        if tokenizer is not None and run is not None:
             _write_template(run, tokenizer, partial)
-        manifest = _manifest(model, run, tensors, partial)
+        manifest = _manifest(model, origin, tensors, partial)
         manifest["tokenizer_files"] = [file.name for file in tokenizer_files]
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+        shutil.copymode(partial / MANIFEST, partial / TENSORS)  # safetensors makes files for the owner alone
         shutil.rmtree(destination, ignore_errors=True)
         partial.rename(destination)
     except (OSError, SafetensorError) as error:
@@ -204,20 +233,25 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _manifest(model: nn.Module, run: Run, tensors: dict[str, torch.Tensor], folder: Path) -> dict[str, Any]:
+def _manifest(
+    model: nn.Module, origin: Origin, tensors: dict[str, torch.Tensor], folder: Path
+) -> dict[str, Any]:
     layers = {fqn: type(m).__name__ for fqn, m in model.named_modules() if hasattr(m, "in_features")}
-    resolved = resolve(run.model)
+    resolved = resolve(origin.model)
+    transforms = () if origin.run is None else origin.run.transform
     return {
         "format": FORMAT,
         "written_by": f"qrecipes {__version__}, torch {torch.__version__}",
-        "model": {"source": resolved.source, "args": resolved.args, "from": run.model.source},
-        "parameter_dtype": str(_stored_dtype(folder / TENSORS, run)).removeprefix("torch."),
+        "model": {"source": resolved.source, "args": resolved.args, "from": origin.model.source},
+        "parameter_dtype": str(_stored_dtype(folder / TENSORS, origin.model)).removeprefix("torch."),
         "parameters": sum(t.numel() for t in tensors.values()),
         "bytes": sum(t.numel() * t.element_size() for t in tensors.values()),
-        "transforms": sorted({type(config).__name__ for config in run.transform}),
+        "has_run": origin.run is not None,
+        "transforms": sorted({type(config).__name__ for config in transforms}),
         "linear_layers": {kind: list(layers.values()).count(kind) for kind in sorted(set(layers.values()))},
         "quantized_layers": _quantized_layers(model),
         "sha256": {TENSORS: _sha256(folder / TENSORS)},
+        **origin.notes,
     }
 
 
@@ -238,15 +272,29 @@ def load_export(path: str | Path, *, device: str | torch.device = "cpu") -> nn.M
     Raises:
         ExportError: if the folder is no export, or is damaged.
     """
-    model, _ = load_export_and_run(path, device=device)
+    model, _ = load_export_and_origin(path, device=device)
     return model
 
 
 def load_export_and_run(path: str | Path, *, device: str | torch.device = "cpu") -> tuple[nn.Module, Run]:
-    """`load_export`, and the run that the export came from."""
+    """`load_export`, and the run that the export came from.
+
+    Raises:
+        ExportError: also if it came from none.
+    """
+    model, origin = load_export_and_origin(path, device=device)
+    if origin.run is None:
+        raise ExportError(f"{path}: came from no run of qrecipes, so it holds no {RUN_FILE}")
+    return model, origin.run
+
+
+def load_export_and_origin(
+    path: str | Path, *, device: str | torch.device = "cpu"
+) -> tuple[nn.Module, Origin]:
+    """`load_export`, and where the model came from."""
     folder = Path(path)
     manifest = _read_manifest(folder)
-    run = _alone(read_run(folder), folder, manifest)
+    origin = _origin(folder, manifest)
     try:
         tensors = load_file(folder / TENSORS, device=str(device))
     except (OSError, SafetensorError) as error:
@@ -255,11 +303,49 @@ def load_export_and_run(path: str | Path, *, device: str | torch.device = "cpu")
         raise ExportError(
             f"{folder / TENSORS}: was changed since it was written (its SHA-256 differs); export again"
         )
-    model, chain = _swapped_empty(run, getattr(torch, manifest["parameter_dtype"]), device)
-    model = chain.finalize(model)
+    dtype = getattr(torch, manifest["parameter_dtype"])
+    if origin.run is None:
+        model = _build_empty(origin.model, dtype, device)
+    else:
+        model, chain = _swapped_empty(origin.run, dtype, device)
+        model = chain.finalize(model)
+    _place_low_bit_layers(folder, model, manifest)
     _check_formats(folder, model, manifest)
     model.load_state_dict(tensors, assign=True)
-    return model.eval(), run
+    return model.eval(), origin
+
+
+def _origin(folder: Path, manifest: dict[str, Any]) -> Origin:
+    """The origin of an export, whose model and tokenizer are those in the folder: they may be all that is
+    left."""
+    if manifest.get("has_run", True):
+        run = _alone(read_run(folder), folder, manifest)
+        return Origin(model=run.model, run=run, tokenizer=tokenizer_of(run))
+    described = manifest["model"]
+    section = ModelSection(source=described["source"], args=described["args"], weights="random")
+    return Origin(model=section, tokenizer=load_own_tokenizer(folder))
+
+
+def _place_low_bit_layers(folder: Path, model: nn.Module, manifest: dict[str, Any]) -> None:
+    """Put empty low-bit layers where the manifest has them and the model has plain ones."""
+    for part in manifest.get("quantized_layers", []):
+        format = format_from_json(part["format"])
+        for fqn in part["layers"]:
+            try:
+                linear = model.get_submodule(fqn)
+            except AttributeError as error:
+                raise ExportError(f"{folder / MANIFEST}: names a layer {fqn} that the model lacks") from error
+            if type(linear) is nn.Linear:
+                parent, _, child = fqn.rpartition(".")
+                empty = QuantLinear(
+                    linear.in_features,
+                    linear.out_features,
+                    format,
+                    bias=linear.bias is not None,
+                    device="meta",
+                    dtype=linear.weight.dtype,
+                )
+                setattr(model.get_submodule(parent), child, empty)
 
 
 def _check_formats(folder: Path, model: nn.Module, manifest: dict[str, Any]) -> None:

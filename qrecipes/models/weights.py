@@ -56,7 +56,7 @@ __all__ = [
 ]
 
 MAX_SHARD_BYTES = 5_000_000_000
-_ROTATED = re.compile(r"\.(q|k)_proj\.(weight|bias)$")
+_ROTATED = re.compile(r"\.(q|k)_proj\.(weight|bias|packed|scale|zero)$")
 _RECOMPUTED = re.compile(r"\.rotary_emb\.inv_freq$")
 """Tensors in old checkpoints that follow from config.json."""
 _COPIED = (
@@ -111,17 +111,26 @@ def load_pretrained(model: nn.Module, section: ModelSection) -> Path:
     if config is None or set(checkpoint.files) == set(targets):
         sources = {name: _Source(name) for name in checkpoint.files}
         _check_fit(model, targets, checkpoint, sources)
-        reorder: Reorder = _as_it_is
+        _copy(targets, checkpoint, sources, _as_it_is)
     else:
-        family = family_of(config, path)
-        known = complete(family, config, path)
-        sources = _family_sources(model, targets, checkpoint, family, known)
-        _check_fit(model, targets, checkpoint, sources)
-        _check_architecture(model, path, config, folder)
-        reorder = _reordering(family, known, _pairs_together)
-    _copy(targets, checkpoint, sources, reorder)
+        fill(model, checkpoint, family_of(config, path), config, folder)
     initialize_adapter_magnitudes_(model)
     return folder
+
+
+def fill(model: nn.Module, checkpoint: Checkpoint, family: Family, config: Config, folder: Path) -> None:
+    """Copy the tensors of a Hugging Face checkpoint, whose config.json is `config`, into a torchtune decoder.
+
+    Raises:
+        WeightsError: if they do not fit the model; the model is then unchanged.
+        ConfigError: if the model is longer than a window that it lacks.
+    """
+    targets = _targets(model)
+    known = complete(family, config, checkpoint.path)
+    sources = _family_sources(model, targets, checkpoint, family, known)
+    _check_fit(model, targets, checkpoint, sources)
+    _check_architecture(model, checkpoint.path, config, folder)
+    _copy(targets, checkpoint, sources, _reordering(family, known, _pairs_together))
 
 
 def state_dict_to_huggingface(state_dict: dict[str, Tensor], config: dict[str, Any]) -> dict[str, Tensor]:

@@ -81,7 +81,7 @@ class Task:
         """Cross-entropy summed over the targets of a batch on the model's device, a float32 scalar."""
         smoothing = self.label_smoothing if model.training else 0.0
         if self.kind == "classification" or self.section.loss == "plain":
-            return self._cross_entropy(forward(model, batch), batch.targets, smoothing)
+            return self._cross_entropy(forward_batch(model, batch), batch.targets, smoothing)
 
         def compute(hidden: Tensor, head: Head) -> Tensor:
             if self.section.loss == "liger":
@@ -96,21 +96,21 @@ class Task:
             )
 
         with in_place_of_logits(model, compute):
-            return forward(model, batch)
+            return forward_batch(model, batch)
 
     @torch.no_grad()
     def measure(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         """Summed cross-entropy, and how many targets are the likeliest class or token; ignored targets count
         in neither."""
         if self.kind == "classification" or self.section.loss == "plain":
-            logits = forward(model, batch)
+            logits = forward_batch(model, batch)
             correct = (logits.argmax(-1) == batch.targets).sum()
             return cross_entropy_sum(logits, batch.targets), correct
         size = self.section.chunk_tokens
         with in_place_of_logits(
             model, lambda hidden, head: chunked_measure(hidden, batch.targets, head, size)
         ):
-            return forward(model, batch)
+            return forward_batch(model, batch)
 
     def summarize(self, loss: float, accuracy: float, targets: int) -> dict[str, float]:
         """Metrics of an evaluation, from means over `targets` held-out tokens or images."""
@@ -120,7 +120,7 @@ class Task:
         return metrics
 
 
-def forward(model: nn.Module, batch: Batch) -> Any:
+def forward_batch(model: nn.Module, batch: Batch) -> Any:
     """The model's output on a batch that is on its device; images are cast to the type of its parameters."""
     inputs = batch.inputs
     if inputs.is_floating_point():

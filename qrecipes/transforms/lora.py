@@ -296,7 +296,9 @@ class LoRA(LinearTransform[LoRAConfig]):
     Config = LoRAConfig
     Layer = LoRALinear
     kinds = (nn.Linear, QuantLinear)
-    sqnr_floor_db = 8.0  # least of 20 seeds on tiny decoders and ViTs, 4 bits: 13.2, NF4 13.6; fewer bits lie below it
+    sqnr_floor_db = (
+        8.0  # least of 20 seeds on tiny decoders and ViTs, 4 bits: 13.2, NF4 13.6; fewer bits lie below it
+    )
 
     def check_site(self, fqn: str, module: nn.Module) -> None:
         """Refuse widths that groups do not divide, low-bit layers of another kind, and ranks beyond LoftQ."""

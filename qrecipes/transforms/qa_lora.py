@@ -50,8 +50,8 @@ from qrecipes.transforms.frozen import (
 Pool: TypeAlias = Literal["sum", "mean"]
 
 # Least SQNR of one layer's output and grad_input, in dB, by bits. Least seen in the pretrained 260K story
-# Llama on Shakespeare, groups of 32: 42 and 35, 18 and 12, 12 and 5, 4 and -4; the second of each is a k_proj,
-# whose gradients nearly cancel.
+# Llama on Shakespeare, groups of 32: 42 and 35, 18 and 12, 12 and 5, 4 and -4; the second of each is a
+# k_proj, whose gradients nearly cancel.
 FLOORS_DB = {8: (36.0, 28.0), 4: (12.0, 5.0), 3: (6.0, -2.0), 2: (-2.0, -10.0)}
 
 

@@ -227,13 +227,15 @@ def test_bad_adapters_are_refused_by_name(adapter, stories, tmp_path):
     put(lambda name: name.replace("layers.4.", "layers.31."))
     refused(r"adapts 7 layers that this run's model has not.*model.layers.31")
     put(lambda name: name.replace("lora_A", "lora_embedding_A"))
-    refused("lora_embedding_A.*; a LoRA holds A and B")
+    refused("lora_embedding_A.*; it must hold lora_A and lora_B")
     name = "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"
     save_file(tensors | {name: tensors[name][:-8].clone()}, adapter / peft.TENSORS)
     refused("q_proj.b: has 56 rows, and the model's layer gives 64 outputs")
     name = name.replace("lora_B", "lora_A")
     save_file(tensors | {name: tensors[name][:, :-1].clone()}, adapter / peft.TENSORS)
-    refused(r"adapter of layers.0.attn.q_proj.a: has shape \(4, 63\), and the layer's has \(4, 64\)", ConfigError)
+    refused(
+        r"adapter of layers.0.attn.q_proj.a: has shape \(4, 63\), and the layer's has \(4, 64\)", ConfigError
+    )
 
 
 def test_an_adapter_of_layers_that_are_left_out_is_refused(adapter, stories, tmp_path):
@@ -247,7 +249,10 @@ def test_an_adapter_of_layers_that_are_left_out_is_refused(adapter, stories, tmp
     [
         (LORA | {"rank": 2}, "set the transform's rank"),
         (LORA | {"use_dora": True}, "lacks DoRA's magnitudes, and the layer has them"),
-        ({"name": "qa_lora", "rank": 4, "alpha": 8.0, "group_size": 16, "skip": ["*.w2"]}, "gate_proj|down_proj"),
+        (
+            {"name": "qa_lora", "rank": 4, "alpha": 8.0, "group_size": 16, "skip": ["*.w2"]},
+            "gate_proj|down_proj",
+        ),
     ],
 )
 def test_an_adapter_of_another_kind_is_refused(adapter, stories, tmp_path, transform, pattern):
