@@ -19,12 +19,14 @@ from qrecipes.config.run import Run
 from qrecipes.data import ValidationData, build_data
 from qrecipes.data.tokenizers import tokenizer_of
 from qrecipes.errors import TrainingError
+from qrecipes.export.opened import open_quantized, require_bases
 from qrecipes.export.peft import load_peft
 from qrecipes.models.build import build, resolve_dtype
 from qrecipes.models.weights import load_pretrained, pretrained
 from qrecipes.parallel import process as processes
 from qrecipes.parallel.apply import parallelize
 from qrecipes.parallel.process import Process
+from qrecipes.quant.linear import QuantLinear
 from qrecipes.training import checkpoint
 from qrecipes.training.evaluate import evaluate
 from qrecipes.training.interrupt import Interruption
@@ -34,6 +36,7 @@ from qrecipes.training.output import prepare_output, write_identity
 from qrecipes.training.seed import seed_building, seed_running
 from qrecipes.training.step import train_step
 from qrecipes.training.task import Task
+from qrecipes.transforms.base import named_linears
 from qrecipes.transforms.chain import Chain
 
 PROBE_TOKENS = 512
@@ -71,13 +74,17 @@ def train(run: Run, process: Process) -> int:
 
     seed_building(run.seed)
     home = process.device if process.mesh is None else torch.device("cpu")  # sharding moves each rank's part
-    model = build(run.model, dtype=resolve_dtype(run.model, process.device), device=home)
+    if run.model.quantized is not None:
+        model = open_quantized(run.model, device=home)
+    else:
+        model = build(run.model, dtype=resolve_dtype(run.model, process.device), device=home)
+    low_bit = [fqn for fqn, module in named_linears(model) if isinstance(module, QuantLinear)]
     task = Task(run.task)
     largest = [source.max_token() for source in (data, held_out) if source is not None]
     vocabulary = tokenizer.vocab_size if tokenizer is not None else None
     longest = max((n for n in largest if n is not None), default=None)
     task.check_fits(model, vocabulary, longest, run.data.sequence_length)
-    if pretrained(run.model) is not None:
+    if pretrained(run.model) is not None and run.model.quantized is None:
         load_pretrained(model, run.model)
     start = data.state_dict()
     probe_batch = data.next_batch().head(1, PROBE_TOKENS).all_targets().to(home)
@@ -86,6 +93,7 @@ def train(run: Run, process: Process) -> int:
         replace(run.task, loss="plain")
     )  # its backward pass runs after the forward, as the probe expects
     model = chain.swap(model, loss=lambda m: plain.loss(m, probe_batch), device=process.device)
+    require_bases(model, low_bit)
     if run.model.adapter is not None:
         load_peft(Path(run.model.adapter), model, chain, run.model)
     flops = training_flops(model, run.data.sequence_length)

@@ -274,8 +274,8 @@ class LinearTransform(Transform[C]):
         if type(module) not in cls.kinds:
             kinds = ("nn.Linear" if kind is nn.Linear else kind.__name__ for kind in cls.kinds)
             raise ConfigError(
-                f"{cls.name}: {type(module).__name__} is not a plain {' or '.join(kinds)}; one method applies to one layer, "
-                "so leave it out with filter_fn, or with `skip` in a recipe"
+                f"{cls.name}: {type(module).__name__} is not a plain {' or '.join(kinds)}; one method "
+                "applies to one layer, so leave it out with filter_fn, or with `skip` in a recipe"
             )
         layer = cls.Layer.from_linear(module, config)  # type: ignore[attr-defined]
         layer.train(module.training)
