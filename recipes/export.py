@@ -1,6 +1,6 @@
 """Export a run: checkpoint -> finalize -> a folder that reloads bit for bit, and a Hugging Face folder.
 
-qrecipes export RUN_FOLDER [--step N] [--output FOLDER] [--no-huggingface]
+qrecipes export RUN_FOLDER [--step N] [--output FOLDER] [--no-huggingface] [--peft] [--no-merge-check]
 """
 
 from __future__ import annotations
@@ -18,8 +18,24 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--step", type=int, help="which checkpoint, by its step; default: the newest")
     parser.add_argument("--output", help="folder to write; default: RUN/export")
     parser.add_argument("--no-huggingface", action="store_true", help="write no Hugging Face folder")
+    parser.add_argument(
+        "--peft", action="store_true", help="also write the adapters as peft reads them, in OUTPUT/peft"
+    )
+    parser.add_argument(
+        "--no-merge-check",
+        action="store_true",
+        help="export even where merging costs more than the method allows; merge_report.json has the cost",
+    )
     args = parser.parse_args(argv)
-    for path in export_run(args.run, args.output, step=args.step, huggingface=not args.no_huggingface):
+    written = export_run(
+        args.run,
+        args.output,
+        step=args.step,
+        huggingface=not args.no_huggingface,
+        peft=args.peft,
+        check_merge=not args.no_merge_check,
+    )
+    for path in written:
         print(path)
     return 0
 

@@ -16,14 +16,17 @@ import torch
 from qrecipes.cli.report import run_main
 from qrecipes.config import parse
 from qrecipes.config.run import Run
-from qrecipes.data import build_data
+from qrecipes.data import ValidationData, build_data
 from qrecipes.data.tokenizers import tokenizer_of
 from qrecipes.errors import TrainingError
+from qrecipes.export.opened import open_quantized, require_bases
+from qrecipes.export.peft import load_peft
 from qrecipes.models.build import build, resolve_dtype
 from qrecipes.models.weights import load_pretrained, pretrained
 from qrecipes.parallel import process as processes
 from qrecipes.parallel.apply import parallelize
 from qrecipes.parallel.process import Process
+from qrecipes.quant.linear import QuantLinear
 from qrecipes.training import checkpoint
 from qrecipes.training.evaluate import evaluate
 from qrecipes.training.interrupt import Interruption
@@ -34,6 +37,7 @@ from qrecipes.training.output import prepare_output, write_identity
 from qrecipes.training.seed import seed_building, seed_running
 from qrecipes.training.step import train_step
 from qrecipes.training.task import Task
+from qrecipes.transforms.base import named_linears
 from qrecipes.transforms.chain import Chain
 
 PROBE_TOKENS = 512
@@ -72,13 +76,17 @@ def train(run: Run, process: Process) -> int:
 
     seed_building(run.seed)
     home = process.device if process.mesh is None else torch.device("cpu")  # sharding moves each rank's part
-    model = build(run.model, dtype=resolve_dtype(run.model, process.device), device=home)
+    if run.model.quantized is not None:
+        model = open_quantized(run.model, device=home)
+    else:
+        model = build(run.model, dtype=resolve_dtype(run.model, process.device), device=home)
+    low_bit = [fqn for fqn, module in named_linears(model) if isinstance(module, QuantLinear)]
     task = Task(run.task)
     largest = [source.max_token() for source in (data, held_out) if source is not None]
     vocabulary = tokenizer.vocab_size if tokenizer is not None else None
     longest = max((n for n in largest if n is not None), default=None)
     task.check_fits(model, vocabulary, longest, run.data.sequence_length)
-    if pretrained(run.model) is not None:
+    if pretrained(run.model) is not None and run.model.quantized is None:
         load_pretrained(model, run.model)
     start = data.state_dict()
     probe_batch = data.next_batch().head(1, PROBE_TOKENS).all_targets().to(home)
@@ -87,6 +95,9 @@ def train(run: Run, process: Process) -> int:
         replace(run.task, loss="plain")
     )  # its backward pass runs after the forward, as the probe expects
     model = chain.swap(model, loss=lambda m: plain.loss(m, probe_batch), device=process.device)
+    require_bases(model, low_bit)
+    if run.model.adapter is not None:
+        load_peft(Path(run.model.adapter), model, chain, run.model)
     flops = training_flops(model, run.data.sequence_length)
     task = Task(run.task, compile=run.parallel.compile)  # only now: the probe's shape is not the run's
     model = parallelize(model, run.parallel, process, chain)
@@ -164,7 +175,7 @@ def train(run: Run, process: Process) -> int:
     if first_step >= run.steps and process.is_main:
         print(f"{run.output}: all {run.steps} steps were done before; nothing to train", file=sys.stderr)
     if run.export.at_end:
-        export_in_this_process(run, process)
+        export_in_this_process(run, process, held_out)
     return 0
 
 
@@ -187,12 +198,20 @@ def was_judged(run: Run) -> bool:
     return any(row.get("step") == run.steps and "val_loss" in row for row in map(json.loads, rows))
 
 
-def export_in_this_process(run: Run, process: Process) -> None:
+def export_in_this_process(run: Run, process: Process, held_out: ValidationData | None) -> None:
     """Export the finished run as `qrecipes export` does; ranks but the first wait."""
     from qrecipes.export.store import export_run
 
     if process.is_main:
-        for path in export_run(Path(run.output), step=run.steps, huggingface=run.export.huggingface):
+        written = export_run(
+            Path(run.output),
+            step=run.steps,
+            huggingface=run.export.huggingface,
+            peft=run.export.peft,
+            check_merge=run.export.check_merge,
+            held_out=held_out,
+        )
+        for path in written:
             print(f"exported to {path}", file=sys.stderr)
     process.barrier()
 

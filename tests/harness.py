@@ -13,6 +13,7 @@ from qrecipes.cli.main import main
 from qrecipes.config import parse
 from qrecipes.config.run import Run
 from qrecipes.data import Batch, TrainingData, build_training_data
+from qrecipes.locate import shipped
 from qrecipes.models.build import build
 from qrecipes.parallel.apply import parallelize
 from qrecipes.parallel.process import Process
@@ -50,6 +51,16 @@ FAMILIES = ("llm", "vit")
 def methods() -> list[str]:
     """Every registered method."""
     return sorted(REGISTRY)
+
+
+def variants() -> dict[str, tuple[str, ...]]:
+    """Tiny configurations with transforms that carry no registered method's name, and their families."""
+    found: dict[str, tuple[str, ...]] = {}
+    for path in sorted((shipped("configs") / "tiny").glob("*_*.toml")):
+        family, _, name = path.stem.partition("_")
+        if family in FAMILIES and name not in REGISTRY and parse.load(f"tiny/{path.stem}").transform:
+            found[name] = (*found.get(name, ()), family)
+    return found
 
 
 def tiny_run(family: str, method: str | None, **changes: object) -> Run:

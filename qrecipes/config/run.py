@@ -47,6 +47,12 @@ class ModelSection:
     its own."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Type of the parameters; `auto` is bfloat16 on a GPU and float32 on a CPU."""
+    quantized: str | None = None
+    """Export of `qrecipes quantize`, or `hf:FOLDER` with a GPTQ checkpoint, of this same model, which starts
+    from it instead of `weights`. A transform must take each low-bit layer as the base of an adapter."""
+    adapter: str | None = None
+    """Folder of a LoRA as peft writes it (adapter_config.json, adapter_model.safetensors), which the adapters
+    of the run's transforms start from; for models of Hugging Face."""
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"hf:\S.*|(torchtune|timm):\S+", self.source):
@@ -413,6 +419,10 @@ class ExportSection:
     """Export the finished model into `output/export`, as `qrecipes export` does."""
     huggingface: bool = True
     """Also write a Hugging Face folder where the weights came from one."""
+    peft: bool = False
+    """Also write the adapters as peft reads them, into `output/export/peft`."""
+    check_merge: bool = True
+    """Refuse to export where merging costs more than the method's bounds allow."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -39,6 +39,11 @@ class Batch:
         if self.inputs.ndim == 2:
             return self._map(lambda tensor: tensor[:rows, :length])
         return self._map(lambda tensor: tensor[:rows])
+
+    def rows(self) -> Iterator[Batch]:
+        """Every row as a batch of its own, as views."""
+        for row in range(len(self.inputs)):
+            yield self._map(lambda tensor, row=row: tensor[row : row + 1])  # type: ignore[misc]
 
     def all_targets(self) -> Batch:
         """The same tokens with each but the last predicting the next, whatever counted; images unchanged."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,9 @@ from qrecipes.errors import ConfigError, WeightsError
 from qrecipes.export.store import MANIFEST, Origin, load_export_and_origin, load_run
 from qrecipes.models.build import build, resolve_dtype
 from qrecipes.models.gptq_checkpoint import is_gptq, load_gptq
+from qrecipes.models.sources import resolve
 from qrecipes.models.weights import load_pretrained
+from qrecipes.quant.linear import QuantLinear
 from qrecipes.training.output import RUN_FILE
 
 
@@ -109,6 +112,47 @@ def open_model(name: str, *, device: str | torch.device = "cpu", dtype: str = "a
         f"{name}: is neither a run nor an export; give the folder of one, or hf:FOLDER for a model of "
         "Hugging Face"
     )
+
+
+def open_quantized(section: ModelSection, *, device: str | torch.device = "cpu") -> nn.Module:
+    """The low-bit model that `section.quantized` names, in training mode.
+
+    Raises:
+        ConfigError: if it is another model than the section's, or has no low-bit layer; and as `open_model`.
+    """
+    name = str(section.quantized)
+    opened = open_model(name, device=device, dtype=section.dtype)
+    assert opened.section is not None, name
+    mine, theirs = (
+        {"source": found.source} | dict(found.args) for found in (resolve(section), resolve(opened.section))
+    )
+    differing = [
+        f"{key} is {theirs.get(key)!r} there, {mine.get(key)!r} here"
+        for key in {**mine, **theirs}
+        if key != "max_seq_len" and mine.get(key) != theirs.get(key)
+    ]
+    if differing:
+        raise ConfigError(
+            f"model.quantized: {name} is another model than model.source {section.source}: "
+            f"{'; '.join(differing)}; set both to the same"
+        )
+    if not any(isinstance(module, QuantLinear) for module in opened.model.modules()):
+        raise ConfigError(
+            f"model.quantized: {name} has no low-bit layer; use model.weights for it, or quantize it with "
+            "`qrecipes quantize`"
+        )
+    return opened.model.train()
+
+
+def require_bases(model: nn.Module, layers: Iterable[str]) -> None:
+    """Raise ConfigError where one of a quantized model's `layers` is still itself after the transforms: a run
+    is rebuilt from its configuration, which tells nothing of it."""
+    left = [fqn for fqn in layers if isinstance(model.get_submodule(fqn), QuantLinear)]
+    if left:
+        raise ConfigError(
+            f"model.quantized: no transform takes {', '.join(left[:3])}{', ...' if len(left) > 3 else ''} as "
+            "the base of an adapter; widen the transform's targets, or quantize the model without them"
+        )
 
 
 def _check_vocabulary(name: str, model: Any, tokenizer: Tokenizer | None) -> None:

@@ -14,7 +14,8 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -27,9 +28,12 @@ from torch import nn
 from qrecipes import __version__
 from qrecipes.config import parse
 from qrecipes.config.run import ModelSection, Run, TokenizerSection
+from qrecipes.data import Batch, build_data
 from qrecipes.data.templates import find_template
 from qrecipes.data.tokenizers import Tokenizer, load_own_tokenizer, tokenizer_of
-from qrecipes.errors import ExportError
+from qrecipes.errors import ConfigError, DataError, ExportError
+from qrecipes.export.merge_report import HELD_OUT_BATCHES, MergeReport, merge_report, sharing_parameters
+from qrecipes.export.peft import save_peft
 from qrecipes.models.build import build
 from qrecipes.models.sources import resolve, source_folder
 from qrecipes.models.weights import save_huggingface
@@ -42,6 +46,7 @@ from qrecipes.transforms.chain import Chain
 
 FORMAT = 1
 MANIFEST, TENSORS, TEMPLATE = "manifest.json", "model.safetensors", "chat_template.jinja"
+MERGE_REPORT = "merge_report.json"
 _ALONE = Process(0, 1, torch.device("cpu"), None)
 
 
@@ -67,6 +72,15 @@ def load_run(
         ExportError: if there is no such checkpoint.
         CheckpointError: if it is damaged.
     """
+    model, chain, run = load_swapped(output, step=step, device=device)
+    return chain.finalize(model).eval(), run
+
+
+def load_swapped(
+    output: str | Path, *, step: int | None = None, device: str | torch.device = "cpu"
+) -> tuple[nn.Module, Chain, Run]:
+    """The model of a run's checkpoint as it trained, in evaluation mode, with its transforms; raises as
+    `load_run`."""
     output = Path(output)
     run = read_run(output)
     available = checkpoint.list_checkpoints(output)
@@ -80,11 +94,10 @@ def load_run(
         )
     checkpoint.read_state(wanted[0])
     dtype = _stored_dtype(wanted[0] / checkpoint.MODEL, run.model)
-    model = _build_empty(run.model, dtype, device)
-    chain = Chain.from_configs(run.transform)
-    model = chain.swap(model)
+    model, chain = _swapped_empty(run, dtype, device)
+    _materialize_(model, device)
     checkpoint.load_model(wanted[0], model, _ALONE)
-    return chain.finalize(model).eval(), run
+    return model.eval(), chain, run
 
 
 def _build_empty(section: ModelSection, dtype: torch.dtype, device: str | torch.device) -> nn.Module:
@@ -93,6 +106,32 @@ def _build_empty(section: ModelSection, dtype: torch.dtype, device: str | torch.
     devices = [device] if torch.device(device).type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         return build(replace(section, args=args), dtype=dtype, device=device, initialize=False)
+
+
+def _swapped_empty(run: Run, dtype: torch.dtype, device: str | torch.device) -> tuple[nn.Module, Chain]:
+    """The run's model after its transforms, with any values; the random state is put back.
+
+    Layers that a transform replaces are on the meta device, where none of its work is done: weights that are
+    overwritten need no quantizing, nor do they lend themselves to it.
+    """
+    model = _build_empty(run.model, dtype, device)
+    chain = Chain.from_configs(run.transform)
+    for transform in chain.transforms:
+        for site in transform.sites(model).values():
+            if isinstance(site, nn.Linear):
+                site.to("meta")
+    devices = [device] if torch.device(device).type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        return chain.swap(model), chain
+
+
+def _materialize_(model: nn.Module, device: str | torch.device) -> None:
+    """Put zeros in the place of every parameter that is on the meta device."""
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter.is_meta:
+                zeros = torch.zeros_like(parameter, device=device)
+                setattr(module, name, nn.Parameter(zeros, parameter.requires_grad))
 
 
 def _stored_dtype(path: Path, section: ModelSection) -> torch.dtype:
@@ -264,10 +303,12 @@ def load_export_and_origin(
         raise ExportError(
             f"{folder / TENSORS}: was changed since it was written (its SHA-256 differs); export again"
         )
-    model = _build_empty(origin.model, getattr(torch, manifest["parameter_dtype"]), device)
-    if origin.run is not None:
-        chain = Chain.from_configs(origin.run.transform)
-        model = chain.finalize(chain.swap(model))
+    dtype = getattr(torch, manifest["parameter_dtype"])
+    if origin.run is None:
+        model = _build_empty(origin.model, dtype, device)
+    else:
+        model, chain = _swapped_empty(origin.run, dtype, device)
+        model = chain.finalize(model)
     _place_low_bit_layers(folder, model, manifest)
     _check_formats(folder, model, manifest)
     model.load_state_dict(tensors, assign=True)
@@ -361,18 +402,31 @@ def export_run(
     *,
     step: int | None = None,
     huggingface: bool = True,
+    peft: bool = False,
+    check_merge: bool = True,
+    held_out: Iterable[Batch] | None = None,
 ) -> list[Path]:
     """Export a run's newest checkpoint, or the one after `step` steps, and check that it reloads bit for bit.
 
-    Writes `destination` (default `output/export`) and, where the weights came from a Hugging Face folder and
-    `huggingface` is true, `destination/huggingface`.
+    Writes `destination` (default `output/export`); where the weights came from a Hugging Face folder and
+    `huggingface` is true, `destination/huggingface`; and with `peft`, the adapters in `destination/peft`.
+    Where the run has transforms, `destination/merge_report.json` compares the model before and after they
+    are merged, on `held_out`, by default the run's own; with `check_merge`, a merge worse than its method's
+    bounds is refused before anything is written.
 
     Raises:
-        ExportError: if there is nothing to export, or the reloaded tensors differ.
+        ExportError: if there is nothing to export, the reloaded tensors differ, or the merge is worse than
+        its bounds or cannot be measured.
     """
     destination = Path(destination) if destination is not None else Path(output) / "export"
-    model, run = load_run(output, step=step)
+    model, chain, run = load_swapped(output, step=step)
+    report = _merge_report(model, chain, run, destination, held_out, check_merge)
+    adapted = sharing_parameters(model)
+    model = chain.finalize(model).eval()
     written = [save(model, run, destination)]
+    if report is not None:
+        path = destination / MERGE_REPORT
+        path.write_text(json.dumps(report.to_json(), indent=1) + "\n", encoding="utf-8")
     reloaded = load_export(destination).state_dict()
     for name, tensor in model.state_dict().items():
         if not torch.equal(reloaded[name], tensor):
@@ -386,4 +440,42 @@ def export_run(
         if tokenizer is not None:
             _write_template(run, tokenizer, destination / "huggingface")
         written.append(destination / "huggingface")
+    if peft:
+        written.append(save_peft(adapted, chain, run, destination / "peft"))
     return written
+
+
+def _merge_report(
+    model: nn.Module,
+    chain: Chain,
+    run: Run,
+    destination: Path,
+    held_out: Iterable[Batch] | None,
+    check: bool,
+) -> MergeReport | None:
+    """The comparison, None where nothing was swapped, or where it may be left out and there is no data."""
+    if not chain.transforms:
+        return None
+    try:
+        report = merge_report(model, chain, _held_out(run) if held_out is None else held_out)
+    except (ConfigError, DataError, ExportError) as error:
+        if not check:
+            print(f"note: the merge was not measured: {error}", file=sys.stderr)
+            return None
+        raise ExportError(
+            f"{destination}: the merge cannot be measured: {error}; a run with transforms is compared before "
+            "and after them on its held-out data; bring the data back, or export with --no-merge-check"
+        ) from error
+    if check:
+        report.check(destination)
+    print(report.summary(), file=sys.stderr)
+    return report
+
+
+def _held_out(run: Run) -> Iterable[Batch]:
+    """The run's held-out data; the first batches of its training data where it has none."""
+    shared = {"task": run.task, "seed": run.seed, "rank": 0, "world": 1}
+    data, held_out = build_data(run.data, tokenizer_of(run), **shared)  # type: ignore[arg-type]
+    if held_out is not None:
+        return held_out
+    return (data.next_batch() for _ in range(HELD_OUT_BATCHES))

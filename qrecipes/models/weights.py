@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -44,6 +45,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Checkpoint",
+    "Place",
+    "huggingface_places",
     "load_pretrained",
     "locate",
     "pretrained",
@@ -146,6 +149,43 @@ def state_dict_to_huggingface(state_dict: dict[str, Tensor], config: dict[str, A
         name: _assembled(family, known, state_dict, ours)
         for name, ours in _places(family, known, state_dict).items()
     }
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one of our linear layers is in a Hugging Face model."""
+
+    name: str
+    """Its module there."""
+    to_huggingface: Callable[[Tensor], Tensor]
+    """The rows of a tensor that has one for each output, in Hugging Face's order."""
+    to_ours: Callable[[Tensor], Tensor]
+    """The inverse."""
+
+
+def huggingface_places(layers: Iterable[str], config: Config) -> dict[str, Place]:
+    """The places of a torchtune decoder's linear layers, by our names. `config` is that of config.json.
+
+    Raises:
+        ExportError: if a layer has no counterpart of its own in a Hugging Face model of that family.
+        WeightsError: if the family is not supported.
+    """
+    family = family_of(config, "config.json")
+    known = complete(family, config, "config.json")
+    apart, together = _reordering(family, known, _pairs_apart), _reordering(family, known, _pairs_together)
+    weights = [f"{layer}.weight" for layer in layers]
+    places = {}
+    for theirs, ours in _places(family, known, dict.fromkeys(weights, torch.empty(0))).items():
+        if len(ours) > 1:
+            raise ExportError(
+                f"{theirs}: a {family.architecture} stacks {', '.join(ours)} in it, so one of them has no "
+                "layer of its own there; leave them out of the transform's targets, or use the merged model"
+            )
+        (name,) = ours
+        places[name.removesuffix(".weight")] = Place(
+            theirs.removesuffix(".weight"), partial(apart, name), partial(together, name)
+        )
+    return places
 
 
 def save_huggingface(

@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from qrecipes import __version__
 from qrecipes.errors import ConfigError, TrainingError
 from qrecipes.models.view import ModelView
 from qrecipes.parallel.process import Process
+from qrecipes.quant.linear import QuantLinear
 
 if TYPE_CHECKING:
     from qrecipes.config.run import Run
@@ -60,25 +61,43 @@ def peak_tflops(device: torch.device, stated: float | None = None) -> float | No
 def training_flops(model: nn.Module, sequence_length: int) -> float | None:
     """Floating-point operations of forward and backward for one target: a token, or an image.
 
-    Six a token for each weight of a matrix that multiplies it, and 12 x width x length for each block's
-    attention, halved where it is causal (PaLM, arXiv 2204.02311, appendix B). Embedding look-ups count
-    nothing, tied heads count. Every weight counts as trained. None where the model tells neither its blocks
-    nor, for images, its patches.
+    Six a token for each weight of a matrix that multiplies it, four where it is frozen and has no gradient,
+    and 12 x width x length for each block's attention, halved where it is causal (PaLM, arXiv 2204.02311,
+    appendix B). Embedding look-ups count nothing, tied heads count. None where the model tells neither its
+    blocks nor, for images, its patches.
     """
     try:
         view = ModelView.of(model)
     except ConfigError:
         return None
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    weights = sum(p.numel() for p in model.parameters() if p.ndim >= 2 and id(p) not in embeddings)
+    products = _products(model, embeddings)
     patches = getattr(getattr(model, "patch_embed", None), "num_patches", None)
     if patches is None:
         head = getattr(model, "output", None)
         if head is not None and not isinstance(head, nn.Module):  # tied to the embedding
-            weights += sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Embedding))
-        return 6.0 * weights + 6.0 * sequence_length * view.width * len(view.blocks)
+            tied = [m.weight for m in model.modules() if isinstance(m, nn.Embedding)]
+            products += sum(_passes(weight) * weight.numel() for weight in tied)
+        return products + 6.0 * sequence_length * view.width * len(view.blocks)
     tokens = patches + getattr(model, "num_prefix_tokens", 0)
-    return tokens * (6.0 * weights + 12.0 * tokens * view.width * len(view.blocks))
+    return tokens * (products + 12.0 * tokens * view.width * len(view.blocks))
+
+
+def _passes(weight: Tensor) -> float:
+    """Floating-point operations of a weight and a token: two in the forward pass, two for the gradient of the
+    input, and two for its own, if it has one."""
+    return 6.0 if weight.requires_grad else 4.0
+
+
+def _products(model: nn.Module, embeddings: set[int]) -> float:
+    """Floating-point operations of all matrices but `embeddings`, for one token."""
+    low_bit = [module for module in model.modules() if isinstance(module, QuantLinear)]
+    payloads = {id(p) for module in low_bit for p in module.payload}
+    total = sum(4.0 * module.in_features * module.out_features for module in low_bit)
+    for parameter in model.parameters():
+        if parameter.ndim >= 2 and id(parameter) not in embeddings | payloads:
+            total += _passes(parameter) * parameter.numel()
+    return total
 
 
 def peak_memory(device: torch.device) -> int:

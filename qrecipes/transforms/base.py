@@ -4,20 +4,22 @@ step."""
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, TypeVar
 
 import torch
 from pydantic import ConfigDict
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torchao.core.config import AOBaseConfig
 from torchao.quantization import quantize_
 from torchao.quantization.transform_module import register_quantize_module_handler
 
 from qrecipes.errors import ConfigError
+from qrecipes.quant.linear import QuantLinear
 
 if TYPE_CHECKING:
     from qrecipes.config.run import Run
@@ -99,6 +101,49 @@ class Bounds:
     output: float | None
     grad_input: float | None
     grad_weight: float | None
+    may_equal: bool = False
+    """A layer may start bit-equal to the original, as one does whose adapter starts at zero."""
+
+
+@dataclass(frozen=True)
+class MergeBounds:
+    """What an export holds a finalized model to, against the same model before: largest relative error of a
+    logit in models converted to each type, and of held-out perplexity in the model's own.
+
+    None says that the method does not compute in that type, so nothing is measured; infinity, that it is
+    measured and any error is allowed.
+    """
+
+    float64: float | None = None
+    float32: float | None = math.inf
+    bfloat16: float | None = math.inf
+    perplexity: float = math.inf
+
+    def plus(self, other: MergeBounds) -> MergeBounds:
+        """The bounds of two methods in one model: their errors add up."""
+
+        def add(mine: float | None, theirs: float | None) -> float | None:
+            return None if mine is None or theirs is None else mine + theirs
+
+        return MergeBounds(
+            add(self.float64, other.float64),
+            add(self.float32, other.float32),
+            add(self.bfloat16, other.bfloat16),
+            self.perplexity + other.perplexity,
+        )
+
+
+class Adapter(NamedTuple):
+    """A low-rank change of a frozen linear layer: W + scaling * B A, in peft's terms; with DoRA's magnitudes
+    each row of that is scaled to its magnitude."""
+
+    a: Tensor
+    """[R, K]."""
+    b: Tensor
+    """[N, R]."""
+    scaling: float
+    magnitude: Tensor | None = None
+    """[N]."""
 
 
 C = TypeVar("C", bound=TransformConfig)
@@ -167,6 +212,10 @@ class Transform(abc.ABC, Generic[C]):
     def bounds(self) -> Bounds:
         """What the probe holds each of this method's layers to."""
 
+    def merge_bounds(self) -> MergeBounds:
+        """What an export holds `finalize` to."""
+        return MergeBounds()
+
     def before_shard(self, model: nn.Module) -> None:
         """Called before FSDP2 shards a swapped model, in runs of several processes only; it may replace
         Parameters by ones that say how FSDP2 gathers them.
@@ -177,6 +226,19 @@ class Transform(abc.ABC, Generic[C]):
 
     def param_groups(self, model: nn.Module) -> list[ParamGroup]:
         """Only what this method owns and trains."""
+        return []
+
+    def detach_adapters(self, model: nn.Module) -> dict[str, Adapter]:
+        """Leave the frozen layers in the place of this method's, and give what they were adapted by, by fully
+        qualified name; nothing where the method has no low-rank adapters."""
+        return {}
+
+    def load_adapters(self, model: nn.Module, adapters: Mapping[str, Adapter]) -> list[str]:
+        """Overwrite the adapters of this method's layers with those of their names; the names that it took.
+
+        Raises:
+            ConfigError: if one does not fit its layer: another rank, scaling or kind.
+        """
         return []
 
     def before_step(self, ctx: StepContext) -> None:
@@ -235,30 +297,37 @@ class LinearTransform(Transform[C]):
     """
 
     Layer: ClassVar[type[nn.Module]]
+    kinds: ClassVar[tuple[type[nn.Module], ...]] = (nn.Linear,)
+    """Classes of layers that `from_linear` takes; a class derived from one of them is another method's."""
+
+    def check_site(self, fqn: str, module: nn.Module) -> None:
+        """Raise ConfigError, naming `fqn`, where the method cannot replace a layer that it selects."""
 
     @classmethod
     def _replace(cls, module: nn.Module, config: TransformConfig) -> nn.Module:
-        if type(module) is not nn.Linear:
+        if type(module) not in cls.kinds:
+            kinds = ("nn.Linear" if kind is nn.Linear else kind.__name__ for kind in cls.kinds)
             raise ConfigError(
-                f"{cls.name}: {type(module).__name__} is not a plain nn.Linear; "
-                f"one method applies to one layer, "
-                "so leave it out with filter_fn, or with `skip` in a recipe"
+                f"{cls.name}: {type(module).__name__} is not a plain {' or '.join(kinds)}; one method "
+                "applies to one layer, so leave it out with filter_fn, or with `skip` in a recipe"
             )
         layer = cls.Layer.from_linear(module, config)  # type: ignore[attr-defined]
         layer.train(module.training)
         return layer
 
     def sites(self, model: nn.Module) -> dict[str, nn.Module]:
-        """Plain linear layers that there is no reason to leave alone."""
+        """Layers of the `kinds` that there is no reason to leave alone."""
         return {
             fqn: module
             for fqn, module in model.named_modules()
-            if type(module) is nn.Linear and self.reason_to_leave(fqn, module) is None
+            if type(module) in self.kinds and self.reason_to_leave(fqn, module) is None
         }
 
     def swap(self, model: nn.Module) -> nn.Module:
         """Replace every site by a `Layer`, through torchao's `quantize_`."""
         chosen = self.sites(model)
+        for fqn, module in chosen.items():
+            self.check_site(fqn, module)
         if "" in chosen:  # the model itself is one linear layer
             return self._replace(model, self.config)
         quantize_(model, self.config, filter_fn=lambda module, fqn: chosen.get(fqn) is module)
@@ -280,10 +349,10 @@ class LinearTransform(Transform[C]):
         return model
 
 
-def named_linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
-    """Every linear layer of a model, plain or derived, with its fully qualified name."""
+def named_linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear | QuantLinear]]:
+    """Every linear layer of a model, plain, derived or low-bit, with its fully qualified name."""
     for fqn, module in model.named_modules():
-        if isinstance(module, nn.Linear):
+        if isinstance(module, (nn.Linear, QuantLinear)):
             yield fqn, module
 
 

@@ -3,15 +3,20 @@ receipt."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from qrecipes.errors import ConfigError
+from qrecipes.quant.linear import QuantLinear
 from qrecipes.transforms import probe
 from qrecipes.transforms.base import (
+    Adapter,
+    LinearTransform,
+    MergeBounds,
     ParamGroup,
     StepContext,
     Transform,
@@ -88,7 +93,9 @@ class Chain:
             ConfigError: if a transform selects no layer.
             ProbeError: if a swapped layer is bit-equal to the original or beyond its method's bounds.
         """
-        before = [(fqn, linear, tuple(linear.weight.shape)) for fqn, linear in named_linears(model)]
+        before = [
+            (fqn, linear, (linear.out_features, linear.in_features)) for fqn, linear in named_linears(model)
+        ]
         rows = [
             LayerReceipt(fqn, shape, None, None, parameter_bytes(linear), parameter_bytes(linear))
             for fqn, linear, shape in before
@@ -102,7 +109,11 @@ class Chain:
             recordings = probe.record(model, sites, loss) if loss is not None else {}
             model = transform.swap(model)
             swapped = transform.layers(model)
-            for fqn in sites:
+            owned = {id(p) for group in transform.param_groups(model) for p in group.params}
+            bounds = transform.bounds()
+            # a layer that was low-bit before keeps its integers, and so may keep its products
+            low_bit = replace(bounds, may_equal=True)
+            for fqn, site in sites.items():
                 layer, row = swapped.get(fqn), by_name.get(fqn)
                 if layer is None:
                     faults.append(f"{fqn}: selected by {transform.name}, but not replaced")
@@ -110,8 +121,9 @@ class Chain:
                 if row is not None:
                     row.method, row.bytes_after = transform.name, parameter_bytes(layer)
                 if fqn in recordings:
+                    allowed = low_bit if isinstance(site, QuantLinear) else bounds
                     sqnr, found = probe.compare(
-                        fqn, transform.name, layer, transform.bounds(), recordings[fqn], device
+                        fqn, transform.name, layer, allowed, recordings[fqn], owned, device
                     )
                     faults += found
                     if row is not None:
@@ -142,10 +154,11 @@ class Chain:
             f"the model has {len(linears)}{listed}"
         )
 
-    def _explain(self, rows: list[LayerReceipt], linears: dict[str, nn.Linear]) -> None:
+    def _explain(self, rows: list[LayerReceipt], linears: dict[str, nn.Linear | QuantLinear]) -> None:
+        taken = {kind for t in self.transforms if isinstance(t, LinearTransform) for kind in t.kinds}
         for row in rows:
             if row.method is None:
-                if type(linears[row.fqn]) is not nn.Linear:
+                if type(linears[row.fqn]) not in taken | {nn.Linear}:
                     row.reason = f"{type(linears[row.fqn]).__name__} is no plain nn.Linear"
                 else:
                     layer = linears[row.fqn]
@@ -200,6 +213,34 @@ class Chain:
         """Call every transform's hook, in order."""
         for transform in self.transforms:
             transform.after_backward(ctx)
+
+    def merge_bounds(self) -> MergeBounds:
+        """What an export holds `finalize` to: the sum over the transforms."""
+        bounds = MergeBounds(0.0, 0.0, 0.0, 0.0)
+        for transform in self.transforms:
+            bounds = bounds.plus(transform.merge_bounds())
+        return bounds
+
+    def detach_adapters(self, model: nn.Module) -> dict[str, Adapter]:
+        """Leave the frozen layers in the place of adapted ones, and give their adapters by name."""
+        adapters: dict[str, Adapter] = {}
+        for transform in self.transforms:
+            adapters |= transform.detach_adapters(model)
+        return adapters
+
+    def load_adapters(self, model: nn.Module, adapters: Mapping[str, Adapter]) -> None:
+        """Overwrite the adapters of the model's layers.
+
+        Raises:
+            ConfigError: if one does not fit its layer, or a name is of no layer with an adapter.
+        """
+        taken = {name for transform in self.transforms for name in transform.load_adapters(model, adapters)}
+        left = [name for name in adapters if name not in taken]
+        if left:
+            raise ConfigError(
+                f"{len(left)} of {len(adapters)} adapters have no layer to go to: {', '.join(left[:3])}"
+                f"{', ...' if len(left) > 3 else ''}; widen the transform's targets, or skip less"
+            )
 
     def finalize(self, model: nn.Module) -> nn.Module:
         """Turn every swapped layer into `nn.Linear` or `QuantLinear`, last transform first; a second call is

@@ -3,12 +3,13 @@
 Before a swap, one forward and backward pass of the model records a few rows of every chosen layer's input and
 output gradient, and what the original layer makes of them. After the swap each new layer is given the same
 rows. A product that the method changes must differ from the original's and stay within the method's bound.
+Where a layer has parameters that its method trains, a gradient must reach one of them.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -138,6 +139,17 @@ def layer_products(layer: nn.Module, x: Tensor, grad_output: Tensor) -> Products
     return Products(output.detach(), grads[0].detach(), grad_weight)
 
 
+def _reached(layer: nn.Module, own: list[str], x: Tensor, grad_output: Tensor) -> bool:
+    """Whether a gradient other than zero reaches one of the layer's parameters named in `own`."""
+    if not own:
+        return False
+    named = dict(layer.named_parameters())
+    with torch.enable_grad():
+        output = layer(x.detach().requires_grad_(True))
+        grads = torch.autograd.grad(output, [named[n] for n in own], grad_output, allow_unused=True)
+    return any(grad is not None and bool(grad.any()) for grad in grads)
+
+
 def _to_cpu(products: Products) -> Products:
     return Products(*(None if t is None else t.cpu() for t in products))  # type: ignore[arg-type]
 
@@ -148,21 +160,27 @@ def compare(
     layer: nn.Module,
     bounds: Bounds,
     recording: Recording,
+    owned: Collection[int] = (),
     device: torch.device | None = None,
 ) -> tuple[dict[str, float], list[str]]:
     """SQNR in dB of each product the method changes, and what is wrong with them.
 
-    The layer is moved to `device` meanwhile, so that a model built on the CPU is probed with the kernels it
-    will train with.
+    `owned` are the ids of the parameters that the method trains. The layer is moved to `device` meanwhile, so
+    that a model built on the CPU is probed with the kernels it will train with.
     """
+    own = [name for name, p in layer.named_parameters() if id(p) in owned]
     home = next((t.device for t in [*layer.parameters(), *layer.buffers()]), torch.device("cpu"))
     device = device or home
     layer.to(device)
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
-        found = _to_cpu(layer_products(layer, recording.x.to(device), recording.grad_output.to(device)))
+        rows = recording.x.to(device), recording.grad_output.to(device)
+        found = _to_cpu(layer_products(layer, *rows))
+        reached = _reached(layer, own, *rows)
     layer.to(home)
     sqnr, faults = {}, []
+    if own and not reached:
+        faults.append(f"{fqn}: no gradient reaches {', '.join(own)}: {method} is not on")
     for product in Products._fields:
         floor = getattr(bounds, product)
         if floor is None:
@@ -175,6 +193,8 @@ def compare(
         if not (original.any() or ours.any()):
             continue  # a zero-initialized weight: nothing could differ
         if torch.equal(ours, original):
+            if bounds.may_equal:
+                continue
             faults.append(f"{fqn}: {product} is bit-equal to the original layer's: {method} is not on")
         elif math.isnan(db) or db < floor:
             faults.append(

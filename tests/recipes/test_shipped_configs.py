@@ -40,7 +40,17 @@ SMOLLM2_1_7B = SMOLLM2_135M | {
     "num_key_value_heads": 32,
     "rope_theta": 130000.0,
 }
+LLAMA_7B = LLAMA | {
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-6,
+}
 PUBLISHED = {
+    "hf:huggyllama/llama-7b": LLAMA_7B,
     "hf:HuggingFaceTB/SmolLM2-1.7B": SMOLLM2_1_7B,
     "hf:HuggingFaceTB/SmolLM2-1.7B-Instruct": SMOLLM2_1_7B,
     "hf:models/SmolLM2-135M-Instruct": SMOLLM2_135M,

@@ -48,7 +48,10 @@ class ShiftLinear(nn.Module):
         self.base = base
         self.in_features, self.out_features = base.in_features, base.out_features
         groups = base.format.num_groups(base.in_features)
-        self.shift = nn.Parameter(torch.zeros(base.out_features, groups, dtype=base.compute_dtype))
+        zeros = torch.zeros(
+            base.out_features, groups, dtype=base.compute_dtype, device=base.payload[0].device
+        )
+        self.shift = nn.Parameter(zeros)
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, config: ShiftConfig) -> ShiftLinear:

@@ -8,7 +8,7 @@ from contextlib import suppress
 
 import pytest
 import torch
-from harness import ALONE, build_plain, tiny_run
+from harness import ALONE, Trial, build_plain, tiny_run
 
 from qrecipes.errors import ConfigError, TrainingError
 from qrecipes.parallel.process import Process
@@ -113,6 +113,19 @@ def test_training_flops_count_every_multiplied_weight():
     counted = counter.get_total_flops() / length
     attention = 6 * length * 64 * 2  # 6 x length x width x blocks; the counter does not know the CPU's kernel
     assert training_flops(model, length) - attention == counted
+
+
+@pytest.mark.parametrize("name", ["lora", "qlora"])
+def test_training_flops_of_frozen_weights_lack_their_gradient(name):
+    """Two thirds of a trained weight's, in however few bits it is kept; adapters cost what they hold."""
+    plain, run = build_plain(tiny_run("llm", None)), tiny_run("llm", name)
+    adapted = Trial.of(run).model
+    embedding = plain.tok_embeddings.weight.numel()
+    weights = sum(p.numel() for p in plain.parameters() if p.ndim >= 2)  # the embedding is the head, too
+    adapters = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    assert embedding < weights
+    attention = 6 * 64 * 64 * 2
+    assert training_flops(adapted, 64) == 4 * weights + 6 * adapters + attention
 
 
 @pytest.mark.parametrize("is_terminal", [True, False])

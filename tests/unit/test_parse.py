@@ -290,7 +290,7 @@ def test_an_override_that_opens_like_a_literal_must_be_one(here):
         ),
         (
             "[export]\nzzz = 1",
-            "2: export.zzz: unknown key; the keys here are at_end, huggingface",
+            "2: export.zzz: unknown key; the keys here are at_end, huggingface, peft, check_merge",
         ),
         ("[optim]\nlr = -1", "2: optim.lr: -1 is out of range; must be greater than 0"),
         ("[optim]\nlr = inf", "2: optim.lr: inf is out of range; must be finite"),

@@ -1,0 +1,113 @@
+"""What adapters stand on: a frozen layer, plain or low-bit, and parameters that keep their own type."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qrecipes.errors import ConfigError
+from qrecipes.quant.affine import with_offset
+from qrecipes.quant.formats import AffineFormat, WeightFormat
+from qrecipes.quant.linear import QuantLinear
+
+ADAPTER_TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class AdaptedLinear(nn.Module):
+    """A frozen `base`, and parameters beside it that `to`, `bfloat16` and the like move, not convert."""
+
+    base: nn.Linear | QuantLinear
+
+    def __init__(self, base: nn.Linear | QuantLinear) -> None:
+        super().__init__()
+        self.base = base
+        self.in_features, self.out_features = base.in_features, base.out_features
+        for parameter in base.parameters():
+            parameter.requires_grad_(False)
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The type of the base's input and output."""
+        return self.base.compute_dtype if isinstance(self.base, QuantLinear) else self.base.weight.dtype
+
+    @property
+    def work_dtype(self) -> torch.dtype:
+        """The type that merging computes in: float32, or float64 where the base does."""
+        return torch.promote_types(self.compute_dtype, torch.float32)
+
+    def base_weight(self, dtype: torch.dtype) -> Tensor:
+        """The base's weight [N, K] in `dtype`."""
+        if isinstance(self.base, QuantLinear):
+            return self.base.dequantize(dtype)
+        return self.base.weight.detach().to(dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdaptedLinear:
+        own = {id(tensor) for tensor in self.parameters(recurse=False)}
+
+        def move(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            if id(tensor) in own and moved.dtype is not tensor.dtype:
+                return tensor.to(moved.device)
+            return moved
+
+        super()._apply(move, recurse)
+        return self
+
+
+def in_format(layer: QuantLinear, format: WeightFormat, where: str) -> QuantLinear:
+    """A low-bit layer as `format`: itself, or the same integers and scales with zero points as offsets.
+
+    Raises:
+        ConfigError: if that would need other integers or scales.
+    """
+    if layer.format == format:
+        return layer
+    given = layer.format
+    if (
+        isinstance(given, AffineFormat)
+        and isinstance(format, AffineFormat)
+        and (given.bits, given.group_size, given.scale_dtype)
+        == (format.bits, format.group_size, format.scale_dtype)
+        and format.has_offset
+    ):
+        return layer.with_grid(with_offset(layer.grid), format)
+    raise ConfigError(
+        f"{where}: is quantized already, as {given}; the transform asks for {format}; give the transform the "
+        "layer's own settings, or skip the layer"
+    )
+
+
+def check_width(format: WeightFormat, in_features: int, where: str) -> None:
+    """Raise ConfigError, naming `where`, if the format's groups do not divide a row."""
+    try:
+        format.check_width(in_features, where)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def plain_linear(weight_NK: Tensor, like: nn.Linear | QuantLinear, dtype: torch.dtype) -> nn.Linear:
+    """A frozen plain layer with this weight in `dtype` and the bias Parameter of `like`."""
+    linear = nn.Linear(like.in_features, like.out_features, bias=False, device="meta", dtype=dtype)
+    linear.weight = nn.Parameter(weight_NK.detach().to(dtype), requires_grad=False)
+    linear.bias = like.bias  # type: ignore[assignment]
+    return linear
+
+
+def put(model: nn.Module, fqn: str, module: nn.Module) -> None:
+    """Put `module` in the place called `fqn`, which is not the root."""
+    parent, _, child = fqn.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def check_shapes(where: str, given: Any, wanted: dict[str, tuple[int, ...]]) -> None:
+    """Raise ConfigError where a tensor of an adapter has another shape than its layer's."""
+    for name, shape in wanted.items():
+        found = tuple(getattr(given, name).shape)
+        if found != shape:
+            raise ConfigError(
+                f"{where}.{name}: has shape {found}, and the layer's has {shape}; it is of another model, or "
+                "of another rank: set the transform's rank to the adapter's"
+            )

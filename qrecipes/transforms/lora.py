@@ -1,0 +1,379 @@
+"""LoRA: a trained low-rank product beside a frozen linear layer, whose weight may be low-bit.
+
+T tokens, K input features, N output features, R rank. With A [R, K], B [N, R] and kappa = alpha / R
+(LoRA, arXiv 2106.09685), or alpha / sqrt(R) (rsLoRA, arXiv 2312.03732):
+
+    forward    y = x W^T + kappa * drop(x) A^T B^T + bias
+    merge      W + kappa * B A
+
+W stays as it is, or is NF4 (QLoRA, arXiv 2305.14314) or INT2 to INT8. With DoRA (arXiv 2402.09353), rows are
+scaled to trained magnitudes m, and the norm has no gradient:
+
+    forward    y = g * (x W^T + kappa * x A^T B^T) + bias,    g = m / ||W + kappa * B A||
+    merge      g * (W + kappa * B A)
+
+||W + kappa B A||^2 = ||W||^2 + 2 kappa sum_R B o (W A^T) + kappa^2 sum_R B o (B A A^T), row by row, so that
+nothing of size N x K is formed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal, TypeAlias, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from qrecipes.errors import ConfigError
+from qrecipes.quant.formats import AffineFormat, NF4Format, WeightFormat
+from qrecipes.quant.linear import QuantLinear
+from qrecipes.quant.ranges import RANGES
+from qrecipes.transforms.base import (
+    Adapter,
+    Bounds,
+    LinearTransform,
+    MergeBounds,
+    ParamGroup,
+    TransformConfig,
+    register,
+)
+from qrecipes.transforms.frozen import (
+    ADAPTER_TYPES,
+    AdaptedLinear,
+    check_shapes,
+    check_width,
+    in_format,
+    plain_linear,
+    put,
+)
+
+Base: TypeAlias = Literal["bf16", "nf4", "int8", "int4", "int3", "int2"]
+# Least SQNR of one layer's output and grad_input, in dB. Least seen in the pretrained 260K story Llama on
+# Shakespeare, groups of 32: int8 42 and 35, int4 18 and 12, int3 12 and 5, int2 4 and -4, NF4 18 and 9; the
+# second of each is a k_proj, whose gradients nearly cancel.
+FLOORS_DB = {
+    "int8": (36.0, 28.0),
+    "int4": (12.0, 5.0),
+    "int3": (6.0, -2.0),
+    "int2": (-2.0, -10.0),
+    "nf4": (12.0, 2.0),
+}
+LOFTQ_ITERATIONS = 5
+"""Alternations of LoftQ (arXiv 2310.08659), which uses 1 to 10 of them; the best is kept."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRAConfig(TransformConfig):
+    """A trained low-rank product beside each frozen linear layer."""
+
+    rank: int = 64
+    """Columns of B and rows of A."""
+    alpha: float = 16.0
+    """The product is multiplied by alpha / rank."""
+    base: Base = "bf16"
+    """What the frozen weight is kept in. `bf16`: as the model has it, in the model's type. `nf4`: 4-bit
+    NormalFloat in blocks of 64 (QLoRA). `int8` to `int2`: that many bits, with a scale and a float offset
+    for each `group_size` inputs. A layer that is low-bit already must be of this kind."""
+    group_size: int = 64
+    """Inputs of a row that share a scale, with an integer base; 0: the whole row."""
+    quantizer: Literal["rtn", "mse", "lp", "hqq"] = "rtn"
+    """How an integer base's ranges are chosen: the whole range, of least squared error, of least fourth
+    power, or with half-quadratic offsets."""
+    double_quantized: bool = True
+    """Keep the magnitudes of an NF4 base's blocks in 8 bits, too."""
+    dropout: float = 0.0
+    """Share of inputs of the product that is dropped in training."""
+    use_dora: bool = False
+    """Train the magnitude of each output's weights apart from their direction (DoRA)."""
+    use_rslora: bool = False
+    """Multiply by alpha / sqrt(rank) instead (rsLoRA)."""
+    init: Literal["default", "loftq"] = "default"
+    """`default`: A uniform, B zero, so training starts at the base. `loftq`: base and product together
+    approximate the weight, by alternating quantization and SVD."""
+    adapter_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type that A, B and magnitudes are kept and trained in. They are multiplied in the input's type."""
+    merge: Literal["plain", "requantize"] = "plain"
+    """What a merged layer is: a plain one in the model's type, or, with a low-bit base, rounded to its
+    format again, which loses what the merge report of the export tells."""
+    merge_tolerance: float = 0.02
+    """Largest relative change of held-out perplexity that an export accepts of the merge."""
+
+    def __post_init__(self) -> None:
+        where = "lora"
+        if self.rank < 1:
+            raise ConfigError(f"{where}.rank: {self.rank} is not positive; use 1 or more, such as 64")
+        if not (math.isfinite(self.alpha) and self.alpha > 0):
+            raise ConfigError(f"{where}.alpha: {self.alpha} is not positive; use a number such as 16")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"{where}.dropout: {self.dropout}; use at least 0 and less than 1")
+        if self.merge_tolerance < 0:
+            raise ConfigError(f"{where}.merge_tolerance: {self.merge_tolerance} is negative; use 0 or more")
+        if self.base == "bf16":
+            for key, default in (("init", "default"), ("merge", "plain"), ("quantizer", "rtn")):
+                if getattr(self, key) != default:
+                    raise ConfigError(
+                        f"{where}.{key}: {getattr(self, key)!r} is for a low-bit base, and base is 'bf16'; "
+                        f"set base to 'nf4' or 'int4', or {key} to {default!r}"
+                    )
+        if self.base == "nf4" and self.quantizer != "rtn":
+            raise ConfigError(
+                f"{where}.quantizer: {self.quantizer!r} chooses ranges of integers, and base is 'nf4'; leave "
+                "it out, or set base to 'int4'"
+            )
+        try:
+            self.format()
+        except ValueError as error:
+            raise ConfigError(f"{where}.group_size: {error}") from error
+
+    @property
+    def scaling(self) -> float:
+        """kappa."""
+        return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
+
+    def format(self) -> WeightFormat | None:
+        """How the base is stored; None where it stays as it is."""
+        if self.base == "bf16":
+            return None
+        if self.base == "nf4":
+            return NF4Format(double_quantized=self.double_quantized)
+        return AffineFormat(
+            bits=int(self.base.removeprefix("int")),
+            group_size=self.group_size or None,
+            symmetric=False,
+            zero_point="float",
+        )
+
+    def quantize(self, layer: nn.Linear, format: WeightFormat) -> QuantLinear:
+        """The base of a plain layer."""
+        return QuantLinear.from_linear(layer, format, ranges=RANGES[self.quantizer], name="lora")
+
+
+class LoRALinear(AdaptedLinear):
+    """A frozen base, plain or low-bit, with A and B beside it. Neither pass keeps a dequantized weight."""
+
+    magnitude: nn.Parameter | None
+    row_norm_squared: nn.Parameter | None
+
+    def __init__(self, base: nn.Linear | QuantLinear, config: LoRAConfig, a: Tensor, b: Tensor) -> None:
+        super().__init__(base)
+        self.config, self.scaling = config, config.scaling
+        dtype = ADAPTER_TYPES[config.adapter_dtype]
+        self.lora_a, self.lora_b = nn.Parameter(a.to(dtype)), nn.Parameter(b.to(dtype))
+        self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
+        self.magnitude = self.row_norm_squared = None
+        if config.use_dora:
+            squared = self.base_weight(torch.float32).square().sum(1)
+            self.row_norm_squared = nn.Parameter(squared, requires_grad=False)
+            self.magnitude = nn.Parameter(self.row_norms().to(dtype))
+
+    @classmethod
+    def from_linear(cls, layer: nn.Linear | QuantLinear, config: LoRAConfig) -> LoRALinear:
+        """The adapted layer, which freezes the parameters of `layer`; A and B are drawn from the global
+        random state.
+
+        Raises:
+            ConfigError: if a layer is low-bit already and of another format than `config` says.
+            ValueError: if the format's groups do not divide the input features.
+        """
+        format = config.format()
+        base: nn.Linear | QuantLinear = layer
+        device = next(layer.parameters()).device
+        a = torch.empty(config.rank, layer.in_features, device=device)
+        b = torch.zeros(layer.out_features, config.rank, device=device)
+        nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+        if isinstance(layer, QuantLinear):
+            base = in_format(layer, _low_bit(format), "lora")
+        elif format is not None and config.init == "loftq" and not layer.weight.is_meta:
+            base, a, b = loftq(layer, lambda part: config.quantize(part, format), config.rank, config.scaling)
+        elif format is not None:
+            base = config.quantize(layer, format)
+        return cls(base, config, a, b)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[..., K] -> [..., N], in the input's type."""
+        y = self.base(input)
+        x = self.dropout(input)
+        product = linear(linear(x, self.lora_a.to(x.dtype)) * self.scaling, self.lora_b.to(x.dtype))
+        if self.magnitude is None:
+            return y + product
+        norms = self.row_norms()
+        g = (self.magnitude.to(norms.dtype) / norms).to(y.dtype)
+        unbiased = y if self.base.bias is None else y - self.base.bias
+        if x is not input:  # peft's: what the magnitude adds sees the dropped input, the base does not
+            unbiased = self._unbiased(x)
+        return y + (g - 1) * unbiased + g * product
+
+    @torch.no_grad()
+    def row_norms(self) -> Tensor:
+        """||W + kappa B A|| of each row, [N], in float32 or wider."""
+        assert self.row_norm_squared is not None, self.config
+        a, b = self.lora_a.detach().to(self.work_dtype), self.lora_b.detach().to(self.work_dtype)
+        cross_NR = self._unbiased(a.to(self.compute_dtype)).to(self.work_dtype).t()
+        squared = self.row_norm_squared + 2 * self.scaling * (b * cross_NR).sum(1)
+        squared = squared + self.scaling**2 * (b * (b @ (a @ a.t()))).sum(1)
+        return squared.clamp(min=torch.finfo(torch.float32).tiny).sqrt()
+
+    def _unbiased(self, x: Tensor) -> Tensor:
+        y = self.base(x)
+        return y if self.base.bias is None else y - self.base.bias
+
+    @torch.no_grad()
+    def merged_weight(self) -> Tensor:
+        """The weight [N, K] that the layer has become, in float32 or wider."""
+        dtype = self.work_dtype
+        weight = self.base_weight(dtype)
+        weight = torch.addmm(weight, self.lora_b.to(dtype), self.lora_a.to(dtype), alpha=self.scaling)
+        if self.magnitude is not None:
+            weight = weight * (self.magnitude.to(dtype) / self.row_norms()).unsqueeze(1)
+        return weight
+
+    def merged(self) -> nn.Linear | QuantLinear:
+        """A plain layer in the model's type, or a low-bit one where `config.merge` says so."""
+        dtype = self.compute_dtype if self.config.merge == "plain" else self.work_dtype
+        plain = plain_linear(self.merged_weight(), self.base, dtype)
+        if self.config.merge == "plain":
+            return plain
+        rounded = self.config.quantize(plain, _low_bit(self.config.format()))
+        rounded.compute_dtype = self.compute_dtype
+        return rounded
+
+    def adapter(self) -> Adapter:
+        """A, B and the magnitudes."""
+        magnitude = None if self.magnitude is None else self.magnitude.detach()
+        return Adapter(self.lora_a.detach(), self.lora_b.detach(), self.scaling, magnitude)
+
+    def extra_repr(self) -> str:
+        """Rank and scaling."""
+        return f"rank={self.config.rank}, scaling={self.scaling:g}, dora={self.config.use_dora}"
+
+
+def _low_bit(format: WeightFormat | None) -> WeightFormat:
+    if format is None:
+        raise ConfigError(
+            "lora.base: 'bf16', but a selected layer is low-bit already; set base to its kind, or skip it"
+        )
+    return format
+
+
+@torch.no_grad()
+def loftq(
+    layer: nn.Linear,
+    quantize: Callable[[nn.Linear], QuantLinear],
+    rank: int,
+    scaling: float,
+    iterations: int = LOFTQ_ITERATIONS,
+) -> tuple[QuantLinear, Tensor, Tensor]:
+    """The low-bit base Q, A and B of least ||W - Q - scaling * B A|| among `iterations` alternations of
+    Q = quantize(W - scaling * B A) and the SVD of W - Q, in float32 (LoftQ, arXiv 2310.08659, algorithm 1).
+
+    The singular values are shared evenly by A and B.
+    """
+    weight = layer.weight.detach().float()
+    low_rank, least = torch.zeros_like(weight), math.inf
+    best: tuple[QuantLinear, Tensor, Tensor] | None = None
+    for _ in range(iterations):
+        base = quantize(plain_linear(weight - low_rank, layer, torch.float32))
+        residual = weight - base.dequantize(torch.float32)
+        u, s, vh = torch.linalg.svd(residual, full_matrices=False)
+        root = (s[:rank] / scaling).sqrt()
+        b, a = u[:, :rank] * root, root.unsqueeze(1) * vh[:rank]
+        low_rank = scaling * b @ a
+        error = float((residual - low_rank).norm())
+        if best is None or error < least:
+            best, least = (base, a, b), error
+    assert best is not None, iterations
+    best[0].compute_dtype = layer.weight.dtype
+    return best
+
+
+@register("lora")
+class LoRA(LinearTransform[LoRAConfig]):
+    """Low-rank adapters over frozen layers; all else is frozen."""
+
+    Config = LoRAConfig
+    Layer = LoRALinear
+    kinds = (nn.Linear, QuantLinear)
+    sqnr_floor_db = (
+        8.0  # least of 20 seeds on tiny decoders and ViTs, 4 bits: 13.2, NF4 13.6; fewer bits lie below it
+    )
+
+    def check_site(self, fqn: str, module: nn.Module) -> None:
+        """Refuse widths that groups do not divide, low-bit layers of another kind, and ranks beyond LoftQ."""
+        config, format = self.config, self.config.format()
+        site = cast("nn.Linear | QuantLinear", module)
+        if isinstance(site, QuantLinear):
+            if config.init == "loftq":
+                raise ConfigError(
+                    f"lora.init: 'loftq' needs the weight that {fqn} had before it was quantized; give the "
+                    "transform the plain model, or set init to 'default'"
+                )
+            in_format(site, _low_bit(format), f"lora: {fqn}")
+        elif format is not None:
+            check_width(format, site.in_features, f"lora: {fqn}")
+        if config.init == "loftq" and config.rank > min(site.in_features, site.out_features):
+            raise ConfigError(
+                f"lora.rank: {config.rank} is more than {fqn}'s {min(site.in_features, site.out_features)} "
+                "singular values; lower it, or skip the layer"
+            )
+
+    def bounds(self) -> Bounds:
+        """A plain base starts bit-equal; a low-bit one as far off as its format is."""
+        if self.config.base == "bf16":
+            # DoRA multiplies by magnitudes over norms, which are 1 but for rounding
+            return Bounds(30.0, 30.0, None, may_equal=True)
+        return Bounds(*FLOORS_DB[self.config.base], None)
+
+    def merge_bounds(self) -> MergeBounds:
+        """A plain merge is exact but for the type's rounding; rounding again costs what it costs."""
+        tolerance = self.config.merge_tolerance
+        if self.config.merge == "requantize":
+            return MergeBounds(math.inf, math.inf, math.inf, tolerance)
+        return MergeBounds(1e-10, 1e-4, math.inf, tolerance)
+
+    def param_groups(self, model: nn.Module) -> list[ParamGroup]:
+        """A and B, and the magnitudes."""
+        layers = cast("list[LoRALinear]", list(self.layers(model).values()))
+        adapters = [p for layer in layers for p in (layer.lora_a, layer.lora_b)]
+        magnitudes = [layer.magnitude for layer in layers if layer.magnitude is not None]
+        groups = [ParamGroup("adapters", adapters)]
+        return [*groups, ParamGroup("magnitudes", magnitudes)] if magnitudes else groups
+
+    def detach_adapters(self, model: nn.Module) -> dict[str, Adapter]:
+        """Put the bases in the layers' place."""
+        layers = cast("dict[str, LoRALinear]", self.layers(model))
+        for fqn, layer in layers.items():
+            put(model, fqn, layer.base)
+        return {fqn: layer.adapter() for fqn, layer in layers.items()}
+
+    @torch.no_grad()
+    def load_adapters(self, model: nn.Module, adapters: Mapping[str, Adapter]) -> list[str]:
+        """Overwrite A, B and the magnitudes."""
+        layers = cast("dict[str, LoRALinear]", self.layers(model))
+        taken = [fqn for fqn in adapters if fqn in layers]
+        for fqn in taken:
+            given, layer = adapters[fqn], layers[fqn]
+            wanted = {"a": tuple(layer.lora_a.shape), "b": tuple(layer.lora_b.shape)}
+            if layer.magnitude is not None and given.magnitude is not None:
+                wanted |= {"magnitude": tuple(layer.magnitude.shape)}
+            check_shapes(f"adapter of {fqn}", given, wanted)
+            if not math.isclose(given.scaling, layer.scaling):
+                raise ConfigError(
+                    f"adapter of {fqn}: is scaled by {given.scaling:g}, and the layer's by "
+                    f"{layer.scaling:g}; set the transform's alpha, rank and use_rslora to the adapter's"
+                )
+            if (given.magnitude is None) is not (layer.magnitude is None):
+                has, lacks = ("has", "lacks") if layer.magnitude is None else ("lacks", "has")
+                raise ConfigError(
+                    f"adapter of {fqn}: {has} DoRA's magnitudes, and the layer {lacks} them; set use_dora "
+                    "to what the adapter was trained with"
+                )
+        for fqn in taken:  # only now that all fit
+            given, layer = adapters[fqn], layers[fqn]
+            layer.lora_a.copy_(given.a)
+            layer.lora_b.copy_(given.b)
+            if layer.magnitude is not None:
+                layer.magnitude.copy_(cast(Tensor, given.magnitude))
+        return taken

@@ -1,0 +1,295 @@
+"""Adapters out and in as peft keeps them; peft itself is the oracle where it is installed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from harness import Trial, command_line, tiny_run
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from qrecipes import assets
+from qrecipes.config import parse
+from qrecipes.errors import ConfigError, ExportError, WeightsError
+from qrecipes.export import peft, store
+from qrecipes.models.build import build
+from qrecipes.models.weights import huggingface_places, load_pretrained
+from qrecipes.transforms import LoRAConfig, QALoRAConfig
+from qrecipes.transforms.chain import Chain
+
+TOKENS = torch.arange(3, 67).reshape(2, 32)
+LORA = {"name": "lora", "rank": 4, "alpha": 8.0}
+KINDS = {
+    "lora": LORA,
+    "dora": LORA | {"use_dora": True},
+    "rslora": LORA | {"use_rslora": True},
+    "bfloat16": LORA | {"adapter_dtype": "bfloat16"},
+    "some layers": LORA | {"targets": ["*.q_proj", "*.1.mlp.w2"]},
+    "nf4": LORA | {"base": "nf4"},
+    "nf4 dora loftq": LORA | {"base": "nf4", "use_dora": True, "init": "loftq"},
+    "qa_lora": {"name": "qa_lora", "rank": 4, "group_size": 16, "skip": ["*.w2"]},
+}
+
+
+@pytest.fixture
+def stories(tmp_path) -> Path:
+    return Path(shutil.copytree(assets.resolve("asset:stories260k"), tmp_path / "stories"))
+
+
+def write_run(folder: Path, source: Path, transform: dict, more: str = "") -> Path:
+    """Two steps of a run that starts from `source`; its folder."""
+    (folder / "text.txt").write_text("Once upon a time there was a tiny run. " * 60)
+    lines = "\n".join(f"{key} = {json.dumps(value)}" for key, value in transform.items())
+    config = folder / "run.toml"
+    config.write_text(f"""
+steps = 2
+output = "{folder}/run"
+device = "cpu"
+[model]
+source = "hf:{source}"
+{more}
+[data]
+source = "text"
+files = ["{folder}/text.txt"]
+validation_fraction = 0.2
+sequence_length = 32
+batch_size = 2
+[optim]
+lr = 3e-2
+[log]
+progress = false
+[[transform]]
+{lines}
+""")
+    return config
+
+
+def trained(tmp_path: Path, stories: Path, transform: dict) -> Path:
+    config = write_run(tmp_path, stories, transform)
+    assert command_line("run", "train", "--config", str(config)) == 0
+    return tmp_path / "run"
+
+
+@torch.no_grad()
+def logits(model: nn.Module) -> torch.Tensor:
+    return model(TOKENS)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_peft_computes_the_same_logits(stories, tmp_path, kind):
+    """peft's model of the written files, in float32, against the trained model before any merge."""
+    library = pytest.importorskip("peft")
+    transformers = pytest.importorskip("transformers")
+    run = trained(tmp_path, stories, KINDS[kind])
+    assert command_line("export", str(run), "--peft") == 0
+    folder = run / "export" / "peft"
+    config = library.PeftConfig.from_pretrained(folder)
+    plain = transformers.AutoModelForCausalLM.from_pretrained(
+        config.base_model_name_or_path, dtype=torch.float32
+    )
+    base = plain(TOKENS).logits.detach()
+    adapted = library.PeftModel.from_pretrained(plain, folder).eval()
+    ours, _, _ = store.load_swapped(run)
+    expected = logits(ours)
+    found = adapted(TOKENS).logits.detach()
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)  # float32 sums in another order
+    assert (found - base).abs().max() > 100 * (found - expected).abs().max()  # the adapter matters
+
+
+def test_an_adapter_that_peft_wrote_starts_a_run(stories, tmp_path):
+    """peft adapts the model, ours loads it: equal logits; another order of rows would show in q and k."""
+    library = pytest.importorskip("peft")
+    transformers = pytest.importorskip("transformers")
+    plain = transformers.AutoModelForCausalLM.from_pretrained(stories, dtype=torch.float32)
+    wanted = library.LoraConfig(
+        r=4, lora_alpha=8, use_dora=True, target_modules=["q_proj", "k_proj", "down_proj"]
+    )
+    adapted = library.get_peft_model(plain, wanted).eval()
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.2)
+    adapted.save_pretrained(tmp_path / "theirs")
+    config = LORA | {"use_dora": True, "targets": ["*.q_proj", "*.k_proj", "*.w2"]}
+    model, chain, run = swapped(tmp_path, stories, config)
+    before = logits(model)
+    peft.load_peft(tmp_path / "theirs", model, chain, run.model)
+    theirs = adapted(TOKENS).logits.detach()
+    torch.testing.assert_close(logits(model), theirs, rtol=1e-4, atol=1e-4)  # float32 sums
+    assert (before - theirs).abs().max() > 0.1
+
+
+def swapped(tmp_path: Path, stories: Path, transform: dict):
+    run = parse.load(str(write_run(tmp_path, stories, transform)))
+    model = build(run.model, dtype=torch.float32).eval()
+    load_pretrained(model, run.model)
+    chain = Chain.from_configs(run.transform)
+    return chain.swap(model), chain, run
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_written_adapters_load_again_bit_for_bit(stories, tmp_path, kind):
+    """Into the same run, started again: its first evaluation is the other's last."""
+    run = trained(tmp_path, stories, KINDS[kind])
+    store.export_run(run, peft=True, huggingface=False)
+    model, chain, described = store.load_swapped(run)
+    expected = logits(model)
+    with torch.no_grad():
+        for group in chain.param_groups(model):
+            for parameter in group.params:
+                parameter.zero_()
+    peft.load_peft(run / "export" / "peft", model, chain, described.model)
+    assert torch.equal(logits(model), expected)
+
+
+def test_a_run_goes_on_from_an_adapter(stories, tmp_path):
+    run = trained(tmp_path, stories, LORA)
+    store.export_run(run, peft=True, huggingface=False)
+    (tmp_path / "second").mkdir()
+    more = f'adapter = "{run}/export/peft"'
+    config = write_run(tmp_path / "second", stories, LORA, more)
+    assert command_line("run", "train", "--config", str(config)) == 0
+    losses = [
+        [row["val_loss"] for row in map(json.loads, (folder / "metrics.jsonl").open()) if "val_loss" in row]
+        for folder in (run, tmp_path / "second" / "run")
+    ]
+    assert losses[1][0] == pytest.approx(losses[0][-1], rel=1e-6)  # float32 through a file of float32
+
+
+def test_rows_of_queries_and_keys_change_places_as_the_weights_do(stories):
+    """B of q_proj times A, put over Hugging Face's weight, is ours put over ours."""
+    config = json.loads((stories / "config.json").read_text())
+    places = huggingface_places(["layers.0.attn.q_proj", "layers.0.attn.v_proj", "layers.0.mlp.w2"], config)
+    assert [place.name for place in places.values()] == [
+        "model.layers.0.self_attn.q_proj",
+        "model.layers.0.self_attn.v_proj",
+        "model.layers.0.mlp.down_proj",
+    ]
+    stored = load_file(stories / "model.safetensors")
+    section = replace(tiny_run("llm", None).model, source=f"hf:{stories}", args={})
+    model = build(section, dtype=torch.float32)
+    load_pretrained(model, section)
+    for fqn, place in places.items():
+        ours = model.get_submodule(fqn).weight.detach()
+        assert torch.equal(place.to_huggingface(ours), stored[f"{place.name}.weight"])
+        assert torch.equal(place.to_ours(stored[f"{place.name}.weight"]), ours)
+    q = model.get_submodule("layers.0.attn.q_proj").weight.detach()
+    assert not torch.equal(places["layers.0.attn.q_proj"].to_huggingface(q), q)
+
+
+@pytest.fixture
+def adapter(stories, tmp_path) -> Path:
+    """A written adapter of a run over every linear layer."""
+    run = trained(tmp_path, stories, LORA)
+    store.export_run(run, peft=True, huggingface=False)
+    return run / "export" / "peft"
+
+
+def change(adapter: Path, **values) -> None:
+    path = adapter / peft.CONFIG
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def test_bad_adapters_are_refused_by_name(adapter, stories, tmp_path):
+    model, chain, run = swapped(tmp_path, stories, LORA)
+    before = logits(model)
+    described = (adapter / peft.CONFIG).read_text()
+    tensors = load_file(adapter / peft.TENSORS)
+
+    def refused(pattern, error=WeightsError):
+        with pytest.raises(error, match=pattern):
+            peft.load_peft(adapter, model, chain, run.model)
+        (adapter / peft.CONFIG).write_text(described)
+        save_file(tensors, adapter / peft.TENSORS)
+        assert torch.equal(logits(model), before)
+
+    change(adapter, base_model_name_or_path="meta-llama/Llama-2-7b-hf")
+    refused(r"was made for meta-llama/Llama-2-7b-hf, and the model is .*stories")
+    change(adapter, peft_type="VERA")
+    refused("peft_type is 'VERA'")
+    change(adapter, bias="all")
+    refused("bias is 'all'; only 'none'")
+    change(adapter, modules_to_save=["lm_head"])
+    refused(r"modules_to_save is \['lm_head'\]")
+    change(adapter, lora_alpha=64)
+    refused("is scaled by 16, and the layer's by 2", ConfigError)
+    (adapter / peft.CONFIG).write_text("{")
+    refused("is no adapter of peft")
+
+    def put(change_names):
+        save_file({change_names(n): t for n, t in tensors.items()}, adapter / peft.TENSORS)
+
+    put(lambda name: name.replace("layers.4.", "layers.31."))
+    refused(r"adapts 7 layers that this run's model has not.*model.layers.31")
+    put(lambda name: name.replace("lora_A", "lora_embedding_A"))
+    refused("lora_embedding_A.*; it must hold lora_A and lora_B")
+    name = "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"
+    save_file(tensors | {name: tensors[name][:-8].clone()}, adapter / peft.TENSORS)
+    refused("q_proj.b: has 56 rows, and the model's layer gives 64 outputs")
+    name = name.replace("lora_B", "lora_A")
+    save_file(tensors | {name: tensors[name][:, :-1].clone()}, adapter / peft.TENSORS)
+    refused(
+        r"adapter of layers.0.attn.q_proj.a: has shape \(4, 63\), and the layer's has \(4, 64\)", ConfigError
+    )
+
+
+def test_an_adapter_of_layers_that_are_left_out_is_refused(adapter, stories, tmp_path):
+    model, chain, run = swapped(tmp_path, stories, LORA | {"skip": ["*.w1"]})
+    with pytest.raises(WeightsError, match=r"adapts 5 layers .*gate_proj.*targets leave them out"):
+        peft.load_peft(adapter, model, chain, run.model)
+
+
+@pytest.mark.parametrize(
+    ("transform", "pattern"),
+    [
+        (LORA | {"rank": 2}, "set the transform's rank"),
+        (LORA | {"use_dora": True}, "lacks DoRA's magnitudes, and the layer has them"),
+        (
+            {"name": "qa_lora", "rank": 4, "alpha": 8.0, "group_size": 16, "skip": ["*.w2"]},
+            "gate_proj|down_proj",
+        ),
+    ],
+)
+def test_an_adapter_of_another_kind_is_refused(adapter, stories, tmp_path, transform, pattern):
+    model, chain, run = swapped(tmp_path, stories, transform)
+    with pytest.raises((ConfigError, WeightsError), match=pattern):
+        peft.load_peft(adapter, model, chain, run.model)
+
+
+def test_a_lora_is_no_group_pooled_adapter(stories, tmp_path):
+    run = trained(tmp_path, stories, LORA | {"targets": ["*.q_proj"]})
+    store.export_run(run, peft=True, huggingface=False)
+    pooled = {"name": "qa_lora", "rank": 4, "alpha": 8.0, "group_size": 16, "targets": ["*.q_proj"]}
+    model, chain, described = swapped(tmp_path, stories, pooled)
+    with pytest.raises(ConfigError, match="is no group-pooled adapter of groups of 16"):
+        peft.load_peft(run / "export" / "peft", model, chain, described.model)
+
+
+def test_only_adapters_of_hugging_face_models_are_written(tmp_path):
+    run = tiny_run("llm", "lora")
+    trial = Trial.of(run)
+    with pytest.raises(ExportError, match="came from none"):
+        peft.save_peft(trial.model, trial.chain, run, tmp_path / "peft")
+
+
+def test_a_run_without_adapters_has_none_to_write(stories, tmp_path):
+    run = trained(tmp_path, stories, {"name": "int8_mixed_precision"})
+    with pytest.raises(ExportError, match="has no low-rank adapters"):
+        store.export_run(run, peft=True, huggingface=False)
+
+
+def test_adapters_of_two_ranks_are_refused(stories, tmp_path):
+    run = parse.load(str(write_run(tmp_path, stories, LORA)))
+    configs = (
+        LoRAConfig(rank=4, targets=("*.q_proj",)),
+        QALoRAConfig(rank=2, group_size=16, targets=("*.k_proj",)),
+    )
+    chain = Chain.from_configs(configs)
+    model = chain.swap(build(run.model, dtype=torch.float32))
+    with pytest.raises(ExportError, match="of 2 kinds"):
+        peft.save_peft(model, chain, run, tmp_path / "peft")
