@@ -414,7 +414,8 @@ def test_two_cases_with_two_seeds_train_and_are_compared(tmp_path, bench, capsys
     plan = write_plan(
         tmp_path,
         'title = "a"',
-        'title = "b"\ngoal_percent = 1.0\noverrides = [\'transform=[{name = "int8_mixed_precision"}]\']',
+        'title = "b"\ngoal_percent = 1.0\n'
+        "overrides = ['transform=[{name = \"int8_mixed_precision\", min_size = 0, emulate = true}]']",
         head='seeds = [0, 1]\noverrides = ["steps=4", "log.evaluate_every=2", "log.evaluate_batches=2"]',
     )
     assert bench.main([str(plan), "device=cpu", "--jobs", "2"]) == 0
