@@ -75,18 +75,33 @@ def trained(tmp_path: Path, stories: Path, transform: dict) -> Path:
     return tmp_path / "run"
 
 
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """The folder of a trained run of each kind, exported with its adapters; each is made once."""
+    made: dict[str, Path] = {}
+
+    def of(kind: str) -> Path:
+        if kind not in made:
+            folder = tmp_path_factory.mktemp(kind.replace(" ", "-"))
+            stories = Path(shutil.copytree(assets.resolve("asset:stories260k"), folder / "stories"))
+            made[kind] = trained(folder, stories, KINDS[kind])
+            assert command_line("export", str(made[kind]), "--peft", "--no-huggingface") == 0
+        return made[kind]
+
+    return of
+
+
 @torch.no_grad()
 def logits(model: nn.Module) -> torch.Tensor:
     return model(TOKENS)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_peft_computes_the_same_logits(stories, tmp_path, kind):
+def test_peft_computes_the_same_logits(exported, kind):
     """peft's model of the written files, in float32, against the trained model before any merge."""
     library = pytest.importorskip("peft")
     transformers = pytest.importorskip("transformers")
-    run = trained(tmp_path, stories, KINDS[kind])
-    assert command_line("export", str(run), "--peft") == 0
+    run = exported(kind)
     folder = run / "export" / "peft"
     config = library.PeftConfig.from_pretrained(folder)
     plain = transformers.AutoModelForCausalLM.from_pretrained(
@@ -133,10 +148,9 @@ def swapped(tmp_path: Path, stories: Path, transform: dict):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_written_adapters_load_again_bit_for_bit(stories, tmp_path, kind):
-    """Into the same run, started again: its first evaluation is the other's last."""
-    run = trained(tmp_path, stories, KINDS[kind])
-    store.export_run(run, peft=True, huggingface=False)
+def test_written_adapters_load_again_bit_for_bit(exported, kind):
+    """Into the trained model with its adapters set to zero."""
+    run = exported(kind)
     model, chain, described = store.load_swapped(run)
     expected = logits(model)
     with torch.no_grad():
@@ -147,9 +161,8 @@ def test_written_adapters_load_again_bit_for_bit(stories, tmp_path, kind):
     assert torch.equal(logits(model), expected)
 
 
-def test_a_run_goes_on_from_an_adapter(stories, tmp_path):
-    run = trained(tmp_path, stories, LORA)
-    store.export_run(run, peft=True, huggingface=False)
+def test_a_run_goes_on_from_an_adapter(exported, stories, tmp_path):
+    run = exported("lora")
     (tmp_path / "second").mkdir()
     more = f'adapter = "{run}/export/peft"'
     config = write_run(tmp_path / "second", stories, LORA, more)
@@ -183,11 +196,9 @@ def test_rows_of_queries_and_keys_change_places_as_the_weights_do(stories):
 
 
 @pytest.fixture
-def adapter(stories, tmp_path) -> Path:
-    """A written adapter of a run over every linear layer."""
-    run = trained(tmp_path, stories, LORA)
-    store.export_run(run, peft=True, huggingface=False)
-    return run / "export" / "peft"
+def adapter(exported, tmp_path) -> Path:
+    """A copy of the adapter of a run over every linear layer."""
+    return Path(shutil.copytree(exported("lora") / "export" / "peft", tmp_path / "adapter"))
 
 
 def change(adapter: Path, **values) -> None:
@@ -293,3 +304,13 @@ def test_adapters_of_two_ranks_are_refused(stories, tmp_path):
     model = chain.swap(build(run.model, dtype=torch.float32))
     with pytest.raises(ExportError, match="of 2 kinds"):
         peft.save_peft(model, chain, run, tmp_path / "peft")
+
+
+def test_a_layer_without_an_adapter_takes_none(stories, tmp_path):
+    model, chain, _ = swapped(tmp_path, stories, LORA | {"targets": ["*.q_proj"]})
+    given = chain.transforms[0].layers(model)["layers.0.attn.q_proj"].adapter()
+    chain.load_adapters(model, {"layers.0.attn.q_proj": given})
+    with pytest.raises(
+        ConfigError, match=r"1 of 2 adapters have no layer to go to: layers.0.attn.k_proj; widen"
+    ):
+        chain.load_adapters(model, {"layers.0.attn.q_proj": given, "layers.0.attn.k_proj": given})
