@@ -19,7 +19,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,7 +35,7 @@ from qrecipes.quant.dequantize import (
     quantize_to_affine,
     quantize_to_nf4,
 )
-from qrecipes.quant.dequantize_tiles import MatrixTiles, Tiles, VectorTiles, choose_tiles
+from qrecipes.quant.dequantize_tiles import MatrixTiles, Tiles, VectorTiles
 from qrecipes.quant.formats import AffineFormat, NF4Format, Payload, WeightFormat
 from qrecipes.quant.ranges import minmax_grid
 from qrecipes.training.metrics import environment
@@ -164,16 +163,15 @@ def time_tiles(
 
     times = {}
     x = torch.randn(T, K, device=timer.device).bfloat16()
-    processors = torch.cuda.get_device_properties(timer.device).multi_processor_count
-    for tiles in other_tiles(T, choose_tiles(T, N, K, torch.bfloat16, processors)):
+    for tiles in other_tiles(T):
         product = partial(dequantize_mm_triton, x, payload, format, None, tiles)
         with suppress(OutOfResources):
             times[str(tiles)] = timer.microseconds(product)
     return times
 
 
-def other_tiles(T: int, chosen: Tiles | None) -> Iterator[Tiles]:
-    """Tiles worth a try for T tokens, for up to twice as many as the rule fuses."""
+def other_tiles(T: int) -> Iterator[Tiles]:
+    """Tiles worth a try for T tokens, 128 of them at most."""
     if T == 1:
         for block_n, num_warps, repeats in ((1, 1, 4), (2, 1, 4), (4, 1, 2), (4, 1, 4), (2, 4, 2), (4, 4, 2)):
             for splits in (1, 2, 4):
@@ -181,18 +179,10 @@ def other_tiles(T: int, chosen: Tiles | None) -> Iterator[Tiles]:
     if T > 128:
         return
     block_t = max(16, 1 << (T - 1).bit_length())
-    base = chosen if isinstance(chosen, MatrixTiles) else MatrixTiles(block_t)
     for block_n, block_k, num_warps in ((64, 128, 4), (64, 128, 8), (64, 64, 4), (32, 128, 4), (128, 128, 8)):
         for num_stages in (3, 5):
             for splits in (1, 2, 4, 8):
-                yield replace(
-                    base,
-                    block_n=block_n,
-                    block_k=block_k,
-                    num_warps=num_warps,
-                    num_stages=num_stages,
-                    splits=splits,
-                )
+                yield MatrixTiles(block_t, block_n, block_k, num_warps, num_stages, splits)
 
 
 def bandwidth_table(results: list[dict[str, Any]]) -> str:

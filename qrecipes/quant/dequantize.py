@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from qrecipes.quant.affine import AffineGrid, dequantize_affine, quantize_affine
-from qrecipes.quant.dequantize_tiles import LEAST_CAPABILITY, Tiles, VectorTiles, choose_tiles
+from qrecipes.quant.dequantize_tiles import LEAST_CAPABILITY, DeviceLimits, Tiles, VectorTiles, choose_tiles
 from qrecipes.quant.formats import AffineFormat, NF4Format, Payload, WeightFormat, format_of_key
-from qrecipes.quant.int8_matmul import HAS_TRITON, _current_device
+from qrecipes.quant.int8_matmul import HAS_TRITON, _current_device, _limits
 from qrecipes.quant.nf4 import dequantize_nf4, double_dequantize, double_quantize, quantize_nf4
 from qrecipes.quant.packing import pack, signed_range, unpack
 
@@ -196,7 +196,7 @@ def _dequantize_cuda(payload: list[Tensor], key: str, in_features: int, dtype: t
 def _mm_cuda(x_TK: Tensor, payload: list[Tensor], key: str, bias_N: Tensor | None = None) -> Tensor:
     (T, K), N = x_TK.shape, payload[0].shape[0]
     if T > 0 and _has_kernel(payload, x_TK.dtype):
-        tiles = choose_tiles(T, N, K, x_TK.dtype, _device_limits(x_TK.device)[1])
+        tiles = choose_tiles(T, N, K, x_TK.dtype, _device_limits(x_TK.device))
         if tiles is not None:
             return dequantize_mm_triton(x_TK, tuple(payload), format_of_key(key), bias_N, tiles)
     return linear(x_TK, _dequantize_cuda(payload, key, K, x_TK.dtype), bias_N)
@@ -208,14 +208,13 @@ def _mm_grad_input_cuda(dy_TN: Tensor, payload: list[Tensor], key: str, in_featu
 
 def _has_kernel(payload: list[Tensor], dtype: torch.dtype) -> bool:
     wide = torch.float64 in (dtype, *(t.dtype for t in payload))
-    return HAS_TRITON and not wide and _device_limits(payload[0].device)[0]
+    return HAS_TRITON and not wide and _device_limits(payload[0].device).capability >= LEAST_CAPABILITY
 
 
 @lru_cache(maxsize=64)
-def _device_limits(device: torch.device) -> tuple[bool, int]:
-    """Whether a CUDA device runs the kernels, and its number of processors."""
-    properties = torch.cuda.get_device_properties(device)
-    return (properties.major, properties.minor) >= LEAST_CAPABILITY, properties.multi_processor_count
+def _device_limits(device: torch.device) -> DeviceLimits:
+    shared_bytes, num_processors, _ = _limits(device)
+    return DeviceLimits(torch.cuda.get_device_capability(device), num_processors, shared_bytes)
 
 
 def _dequantize_fake(payload: list[Tensor], key: str, in_features: int, dtype: torch.dtype) -> Tensor:

@@ -404,7 +404,7 @@ def _vector_kernel(  # type: ignore[no-untyped-def]
                 weights = _weights(
                     words[i * ROWS + r], factors[i * ROWS + r], shifts[i * ROWS + r], KIND, BITS, UNITS
                 ).to(x_ptr.dtype.element_ty)
-                if RAGGED:  # past the end of a row there may be NaN, from its scale
+                if RAGGED:  # past the end of a row there may be inf, and 0 * inf is NaN
                     units = (first + i * UNITS + tl.arange(0, UNITS)).to(tl.uint32)
                     cols = units[:, None] * 8 + tl.arange(0, 8).to(tl.uint32)[None, :]
                     weights = tl.where(cols < K, weights, 0.0)

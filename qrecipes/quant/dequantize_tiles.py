@@ -8,7 +8,7 @@ to a temporary, which costs as much as a product of some hundred tokens, and tor
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 
@@ -18,6 +18,15 @@ LEAST_CAPABILITY = (8, 0)
 """CUDA devices that the kernels run on: from Ampere on there is bfloat16. Older ones use plain PyTorch."""
 FUSED_TYPES = (torch.bfloat16, torch.float16)
 """Types of tokens that tensor cores multiply as the reference does. float32 is fused for one token only."""
+
+
+class DeviceLimits(NamedTuple):
+    """What the rule needs to know of a device."""
+
+    capability: tuple[int, int]
+    num_processors: int
+    shared_bytes: int
+    """Shared memory that a block can have."""
 
 
 @dataclass(frozen=True)
@@ -68,13 +77,17 @@ VECTOR_PROGRAMS, MATRIX_PROGRAMS = 12, 3
 LEAST_SPLIT = 1024
 """Columns of a split, at least: shorter ones cost more to add up than they win."""
 MAX_SPLITS = 16
+THREE_STAGES_BYTES = 2**17
+"""Shared memory a block from which on three blocks of K are in flight: 8-bit weights and 64 tokens then take
+112 KiB as compiled, and with two blocks less than the 99 KiB of small devices."""
 
 
-def choose_tiles(T: int, N: int, K: int, dtype: torch.dtype, num_processors: int) -> Tiles | None:
+def choose_tiles(T: int, N: int, K: int, dtype: torch.dtype, device: DeviceLimits) -> Tiles | None:
     """How T tokens of type `dtype` are multiplied by a weight of N x K; None: by torch, by a temporary.
 
     It depends on nothing else, so a product has the same bits on every call.
     """
+    num_processors = device.num_processors
     if T == 1:
         vector = VectorTiles()
         programs = -(-N // vector.block_n)
@@ -86,7 +99,8 @@ def choose_tiles(T: int, N: int, K: int, dtype: torch.dtype, num_processors: int
     num_warps = 8 if block_t >= WIDE_TOKENS else 4
     programs = -(-N // MatrixTiles.block_n)
     splits = _splits(programs, K, LEAST_SPLIT, MATRIX_PROGRAMS * num_processors)
-    return MatrixTiles(block_t, num_warps=num_warps, splits=splits)
+    num_stages = 3 if device.shared_bytes >= THREE_STAGES_BYTES else 2
+    return MatrixTiles(block_t, num_warps=num_warps, num_stages=num_stages, splits=splits)
 
 
 def _splits(programs: int, K: int, least: int, wanted: int) -> int:
