@@ -2,19 +2,28 @@
 
 T tokens, K input features, N output features. Each product is one operator, so that `torch.compile` cannot
 keep the dequantized weight of the forward pass for the backward pass: traced operation by operation, its
-partitioner may. `*_reference` are the same in plain PyTorch.
+partitioner may. `*_reference` are the same in plain PyTorch. On CUDA Triton kernels dequantize, bit for bit
+as the reference does; where `dequantize_tiles` says so, inside the product. float64, devices that the kernels
+do not run on, and an environment without Triton get the reference.
 """
 
 from __future__ import annotations
+
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
 from qrecipes.quant.affine import AffineGrid, dequantize_affine, quantize_affine
+from qrecipes.quant.dequantize_tiles import LEAST_CAPABILITY, DeviceLimits, Tiles, VectorTiles, choose_tiles
 from qrecipes.quant.formats import AffineFormat, NF4Format, Payload, WeightFormat, format_of_key
+from qrecipes.quant.int8_matmul import HAS_TRITON, _current_device, _limits
 from qrecipes.quant.nf4 import dequantize_nf4, double_dequantize, double_quantize, quantize_nf4
 from qrecipes.quant.packing import pack, signed_range, unpack
+
+if HAS_TRITON:
+    from qrecipes.quant import dequantize_kernels as kernels
 
 
 def dequantize(payload: Payload, format: WeightFormat, in_features: int, dtype: torch.dtype) -> Tensor:
@@ -62,6 +71,38 @@ def dequantize_mm_grad_input_reference(
 ) -> Tensor:
     """`dequantize_mm_grad_input` in plain PyTorch."""
     return dy_TN @ dequantize_reference(payload, format, in_features, dy_TN.dtype)
+
+
+def dequantize_triton(payload: Payload, format: WeightFormat, in_features: int, dtype: torch.dtype) -> Tensor:
+    """`dequantize` by its kernel, which Triton's interpreter runs on the CPU; for no float64."""
+    out_NK = payload[0].new_empty((payload[0].shape[0], in_features), dtype=dtype)
+    if out_NK.numel() > 0:
+        with _current_device(out_NK):
+            kernels.launch_dequantize(kernels.stored_weight(payload, format, in_features), out_NK)
+    return out_NK
+
+
+def dequantize_mm_triton(
+    x_TK: Tensor, payload: Payload, format: WeightFormat, bias_N: Tensor | None, tiles: Tiles
+) -> Tensor:
+    """`dequantize_mm` by a kernel that reads the packed weight once, for as many tokens as `tiles` takes.
+
+    Each weight is that of the reference; sums are in float32, in an order that `tiles` fixes. Needs at least
+    one token, and no float64.
+    """
+    (T, K), N = x_TK.shape, payload[0].shape[0]
+    x_TK = x_TK.contiguous()
+    out_TN = x_TK.new_empty((T, N))
+    if out_TN.numel() == 0:
+        return out_TN
+    bias_N = None if bias_N is None else bias_N.contiguous()
+    with _current_device(out_TN):
+        weight = kernels.stored_weight(payload, format, K)
+        if isinstance(tiles, VectorTiles):
+            kernels.launch_vector(x_TK, weight, bias_N, out_TN, tiles)
+        else:
+            kernels.launch_matrix(x_TK, weight, bias_N, out_TN, tiles)
+    return out_TN
 
 
 def affine_payload(q_NK: Tensor, grid: AffineGrid, format: AffineFormat) -> Payload:
@@ -147,6 +188,35 @@ def _mm_grad_input(dy_TN: Tensor, payload: list[Tensor], key: str, in_features: 
     return dequantize_mm_grad_input_reference(dy_TN, tuple(payload), format_of_key(key), in_features)
 
 
+def _dequantize_cuda(payload: list[Tensor], key: str, in_features: int, dtype: torch.dtype) -> Tensor:
+    dequantized = dequantize_triton if _has_kernel(payload, dtype) else dequantize_reference
+    return dequantized(tuple(payload), format_of_key(key), in_features, dtype)
+
+
+def _mm_cuda(x_TK: Tensor, payload: list[Tensor], key: str, bias_N: Tensor | None = None) -> Tensor:
+    (T, K), N = x_TK.shape, payload[0].shape[0]
+    if T > 0 and _has_kernel(payload, x_TK.dtype):
+        tiles = choose_tiles(T, N, K, x_TK.dtype, _device_limits(x_TK.device))
+        if tiles is not None:
+            return dequantize_mm_triton(x_TK, tuple(payload), format_of_key(key), bias_N, tiles)
+    return linear(x_TK, _dequantize_cuda(payload, key, K, x_TK.dtype), bias_N)
+
+
+def _mm_grad_input_cuda(dy_TN: Tensor, payload: list[Tensor], key: str, in_features: int) -> Tensor:
+    return dy_TN @ _dequantize_cuda(payload, key, in_features, dy_TN.dtype)
+
+
+def _has_kernel(payload: list[Tensor], dtype: torch.dtype) -> bool:
+    wide = torch.float64 in (dtype, *(t.dtype for t in payload))
+    return HAS_TRITON and not wide and _device_limits(payload[0].device).capability >= LEAST_CAPABILITY
+
+
+@lru_cache(maxsize=64)
+def _device_limits(device: torch.device) -> DeviceLimits:
+    shared_bytes, num_processors, _ = _limits(device)
+    return DeviceLimits(torch.cuda.get_device_capability(device), num_processors, shared_bytes)
+
+
 def _dequantize_fake(payload: list[Tensor], key: str, in_features: int, dtype: torch.dtype) -> Tensor:
     return payload[0].new_empty((payload[0].shape[0], in_features), dtype=dtype)
 
@@ -160,24 +230,28 @@ def _mm_grad_input_fake(dy_TN: Tensor, payload: list[Tensor], key: str, in_featu
 
 
 _library = torch.library.Library("qrecipes", "FRAGMENT")
-for _schema, _implementation, _fake in (
+for _schema, _implementation, _on_cuda, _fake in (
     (
         "dequantize(Tensor[] payload, str format, SymInt in_features, ScalarType dtype) -> Tensor",
         _dequantize,
+        _dequantize_cuda,
         _dequantize_fake,
     ),
     (
         "dequantize_mm(Tensor x_TK, Tensor[] payload, str format, Tensor? bias_N=None) -> Tensor",
         _mm,
+        _mm_cuda,
         _mm_fake,
     ),
     (
         "dequantize_mm_grad_input(Tensor dy_TN, Tensor[] payload, str format, SymInt in_features) -> Tensor",
         _mm_grad_input,
+        _mm_grad_input_cuda,
         _mm_grad_input_fake,
     ),
 ):
     _name = _schema.partition("(")[0]
     _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(_name, _implementation, "CompositeExplicitAutograd")
+    _library.impl(_name, _on_cuda, "CUDA")
     torch.library.register_fake(f"qrecipes::{_name}", _fake, lib=_library)
