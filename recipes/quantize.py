@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -58,6 +59,8 @@ def main(argv: list[str]) -> int:
         torch.cuda.reset_peak_memory_stats(device)
     dtype = ("bfloat16" if device.type == "cuda" else "float32") if args.dtype == "auto" else args.dtype
     opened = open_model(args.model, device="cpu", dtype=dtype)
+    if args.huggingface:
+        huggingface_source(opened)
     batches = samples_of(args, opened)
     layers, left = linear_layers(opened.model, selection_of(args).reason_to_skip)
     before = stored_bytes(opened.model)
@@ -227,10 +230,20 @@ def write(opened: OpenedModel, report: dict[str, Any], args: argparse.Namespace)
         if not torch.equal(reloaded[name], tensor):
             raise ExportError(f"{folder}: {name} differs after reloading; this is a fault of the exporter")
     if args.huggingface:
-        source = source_folder(origin.model)
-        if source is None:
-            raise ConfigError("--huggingface: the model came from no Hugging Face folder; leave it out")
+        source = huggingface_source(opened)
         save_huggingface(opened.model, source, folder / "huggingface", args=origin.model.args)
+
+
+def huggingface_source(opened: OpenedModel) -> Path:
+    """The Hugging Face folder that the model came from.
+
+    Raises:
+        ConfigError: if it came from none.
+    """
+    source = source_folder(opened.origin.model)
+    if source is None:
+        raise ConfigError("--huggingface: the model came from no Hugging Face folder; leave it out")
+    return source
 
 
 def calibration_of(args: argparse.Namespace, batches: Sequence[Batch]) -> dict[str, Any] | None:

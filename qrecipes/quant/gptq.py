@@ -147,9 +147,10 @@ def inverse_factor(hessian_KK: Tensor, damping: float, name: str = "gptq") -> tu
     diagonal = hessian_KK.diagonal()
     live = diagonal != 0
     mean = diagonal[live].mean() if live.any() else diagonal.new_ones(())
-    filled_KK = hessian_KK + torch.diag(torch.where(live, 0.0, mean).to(hessian_KK.dtype))
+    filled_K = torch.where(live, 0.0, mean)
     for tried in (damping, *(step for step in RAISED_DAMPING if step > damping)):
-        damped_KK = filled_KK + tried * mean * torch.eye(len(diagonal), device=mean.device, dtype=mean.dtype)
+        damped_KK = hessian_KK.clone()
+        damped_KK.diagonal().add_(filled_K + tried * mean)
         for dtype in dict.fromkeys((hessian_KK.dtype, torch.float64)):
             factor_KK = _upper_factor(damped_KK.to(dtype))
             if factor_KK is not None:

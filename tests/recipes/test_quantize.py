@@ -167,6 +167,12 @@ def test_huggingface_folder_holds_the_dequantized_weights(tmp_path):
         assert torch.equal(open_model(f"hf:{tmp_path / 'export' / 'huggingface'}").model(tokens), expected)
 
 
+def test_model_without_a_huggingface_folder_is_refused_before_the_work(capsys, tmp_path):
+    model = trained(tmp_path, "llm")
+    arguments = ("--bits", "4", "--group-size", "32", "--huggingface")
+    assert "came from no Hugging Face folder" in refused(capsys, tmp_path, *arguments, model=model)
+
+
 def test_rest_of_an_earlier_export_can_be_quantized(tmp_path):
     quantize(tmp_path / "first", "--bits", "4", "--group-size", "32", "--target", "*.attn.*")
     report = quantize(
@@ -271,7 +277,7 @@ def test_requests_that_make_no_sense_are_refused(capsys, tmp_path, arguments, me
 
 def test_text_that_is_too_short_is_refused_with_the_tokens_needed_and_found(capsys, tmp_path):
     short = tmp_path / "short.txt"
-    short.write_text("Once upon a time, there was a little girl.")
+    short.write_text("Once upon a time, there was a little girl. " * 10)  # one sample, not twenty
     count = (
         len(open_model(MODEL).require_tokenizer().encode(short.read_text())) + 2
     )  # and its beginning and end

@@ -202,6 +202,15 @@ def test_dead_inputs_are_rounded_to_nearest_and_change_nothing_else():
     assert torch.equal(same_range.q[:, alive], again.q[:, alive])
 
 
+def test_dead_inputs_alone_do_not_make_a_hessian_singular():
+    w, hessian = problem()
+    hessian[17] = 0
+    hessian[:, 17] = 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert gptq(w, hessian, FORMATS["symmetric"], settings=GPTQSettings(damping=0)).damping == 0
+
+
 def test_inputs_that_are_all_zero_give_rounding_to_nearest():
     w, hessian = problem()
     found = gptq(w, torch.zeros_like(hessian), FORMATS["symmetric"])
