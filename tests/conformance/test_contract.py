@@ -112,8 +112,7 @@ def test_probe_refuses_a_method_that_does_nothing(run, method, monkeypatch):
 
     def remember(linear, config):
         layer = from_linear(linear, config)
-        original = copy.deepcopy(linear)
-        layer.forward = lambda x: original(x)
+        layer.forward = lambda x: linear(x)
         return layer
 
     monkeypatch.setattr(cls.Layer, "from_linear", remember)
