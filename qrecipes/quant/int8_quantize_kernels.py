@@ -49,7 +49,7 @@ def launch_columns(
     """Fill `q_KM`, transposed, whose rows must have room for M rounded up to 16, and `scale_K1`."""
     M, K = x_MK.shape
     blocks_of_M, strips = -(-M // BLOCK_M), -(-K // BLOCK_K)
-    lag = max(blocks_of_M, LAG_PER_PROCESSOR * num_processors)
+    lag = max(blocks_of_M, min(LAG_PER_PROCESSOR * num_processors, blocks_of_M * strips))
     _columns_kernel[(blocks_of_M * strips + lag,)](
         x_MK,
         q_KM.as_strided((K, q_KM.stride(0)), q_KM.stride()).view(torch.int32),
