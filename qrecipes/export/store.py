@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from qrecipes import __version__
 from qrecipes.config import parse
@@ -40,6 +40,7 @@ from qrecipes.models.weights import save_huggingface
 from qrecipes.parallel.process import Process
 from qrecipes.quant.formats import format_from_json, format_to_json
 from qrecipes.quant.linear import QuantLinear
+from qrecipes.quant.sharded import is_composite
 from qrecipes.training import checkpoint
 from qrecipes.training.output import RUN_FILE, read_run
 from qrecipes.transforms.chain import Chain
@@ -130,8 +131,17 @@ def _materialize_(model: nn.Module, device: str | torch.device) -> None:
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             if parameter.is_meta:
-                zeros = torch.zeros_like(parameter, device=device)
+                zeros = _zeros_like(parameter.detach(), device)
                 setattr(module, name, nn.Parameter(zeros, parameter.requires_grad))
+
+
+def _zeros_like(tensor: Tensor, device: str | torch.device) -> Tensor:
+    """Zeros on `device`, in every part of a tensor subclass that is made of several."""
+    if not is_composite(tensor):
+        return torch.zeros_like(tensor, device=device)
+    names, context = tensor.__tensor_flatten__()  # type: ignore[attr-defined]
+    inner = {name: _zeros_like(getattr(tensor, name), device) for name in names}
+    return type(tensor).__tensor_unflatten__(inner, context, tensor.shape, tensor.stride())  # type: ignore[attr-defined]
 
 
 def _stored_dtype(path: Path, section: ModelSection) -> torch.dtype:

@@ -126,7 +126,7 @@ def _some_rows(matrix: Tensor, most: int) -> Tensor:
 
 def layer_products(layer: nn.Module, x: Tensor, grad_output: Tensor) -> Products:
     """What `layer` makes of rows x [M, K] and grad_output [M, N]; the weight's part only where `layer.weight`
-    trains."""
+    trains. A gradient that does not arrive is zero."""
     x = x.detach().requires_grad_(True)
     weight = getattr(layer, "weight", None)
     wanted: list[Tensor] = [x]
@@ -134,9 +134,13 @@ def layer_products(layer: nn.Module, x: Tensor, grad_output: Tensor) -> Products
         wanted.append(weight)
     with torch.enable_grad():
         output = layer(x)
-        grads = torch.autograd.grad(output, wanted, grad_output)
-    grad_weight = _some_rows(grads[1].detach(), WEIGHT_ROWS) if len(grads) > 1 else None
-    return Products(output.detach(), grads[0].detach(), grad_weight)
+        grads = torch.autograd.grad(output, wanted, grad_output, allow_unused=True)
+    found = [
+        torch.zeros(t.shape, dtype=t.dtype, device=t.device) if grad is None else grad.detach()
+        for t, grad in zip(wanted, grads, strict=True)
+    ]
+    grad_weight = _some_rows(found[1], WEIGHT_ROWS) if len(found) > 1 else None
+    return Products(output.detach(), found[0], grad_weight)
 
 
 def _reached(layer: nn.Module, own: list[str], x: Tensor, grad_output: Tensor) -> bool:
