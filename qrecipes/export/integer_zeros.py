@@ -49,6 +49,5 @@ def round_zeros_(model: nn.Module) -> int:
     found = {fqn: module for fqn, module in model.named_modules() if has_float_zeros(module)}
     for fqn, layer in found.items():
         assert isinstance(layer, QuantLinear)
-        parent, _, child = fqn.rpartition(".")
-        setattr(model.get_submodule(parent), child, with_integer_zeros(layer))
+        model.set_submodule(fqn, with_integer_zeros(layer))
     return len(found)

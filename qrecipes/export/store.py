@@ -346,7 +346,6 @@ def _place_low_bit_layers(folder: Path, model: nn.Module, manifest: dict[str, An
             except AttributeError as error:
                 raise ExportError(f"{folder / MANIFEST}: names a layer {fqn} that the model lacks") from error
             if type(linear) is nn.Linear:
-                parent, _, child = fqn.rpartition(".")
                 empty = QuantLinear(
                     linear.in_features,
                     linear.out_features,
@@ -355,7 +354,7 @@ def _place_low_bit_layers(folder: Path, model: nn.Module, manifest: dict[str, An
                     device="meta",
                     dtype=linear.weight.dtype,
                 )
-                setattr(model.get_submodule(parent), child, empty)
+                model.set_submodule(fqn, empty)
 
 
 def _check_formats(folder: Path, model: nn.Module, manifest: dict[str, Any]) -> None:

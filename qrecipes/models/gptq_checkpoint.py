@@ -268,7 +268,6 @@ def _place(model: nn.Module, checkpoint: GPTQCheckpoint, family: Family) -> None
             raise WeightsError(f"{checkpoint.path}: {weight} has no place in a {family.architecture}")
         for place in places:
             fqn = place.format(number).removesuffix(".weight")
-            parent, _, child = fqn.rpartition(".")
             linear = model.get_submodule(fqn)
             if not isinstance(linear, nn.Linear):
                 raise WeightsError(f"{checkpoint.path}: {weight} is low-bit, and {fqn} is no linear layer")
@@ -282,7 +281,7 @@ def _place(model: nn.Module, checkpoint: GPTQCheckpoint, family: Family) -> None
                 dtype=linear.weight.dtype,
             )
             empty.bias = linear.bias
-            setattr(model.get_submodule(parent), child, empty)
+            model.set_submodule(fqn, empty)
 
 
 def _with_payloads(family: Family, format: AffineFormat) -> Family:

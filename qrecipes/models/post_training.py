@@ -174,8 +174,7 @@ def quantize_model(
     for fqn, layer in layers.items():
         home = layer.weight.device
         for name, module in replacement({fqn: layer.to(device or home)}, None).items():
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, module.to(home).train(layer.training))
+            model.set_submodule(name, module.to(home).train(layer.training))
     return found
 
 

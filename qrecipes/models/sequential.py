@@ -174,9 +174,7 @@ def _replace_stage(
         finally:
             hook.remove()
         for fqn, module in replacement(group, hessian.matrix).items():
-            parent, _, child = fqn.rpartition(".")
-            module.train(layers[fqn].training)
-            setattr(model.get_submodule(parent), child, module)
+            model.set_submodule(fqn, module.train(layers[fqn].training))
 
 
 def _groups(layers: Mapping[str, nn.Linear], run: Callable[[], Any]) -> list[tuple[list[str], bool]]:

@@ -128,10 +128,7 @@ class GatheredAsInt8(torch.Tensor):
         the weight's own shape where rows are left over, and scales are narrower.
         """
         q, scale = quantize_rows(self.plain, stochastic_rounding=self.stochastic_rounding)
-        missing = -(-self.num_rows // mesh.size()) - q.shape[0]
-        if missing:
-            q, scale = (nn.functional.pad(part, (0, 0, 0, missing)) for part in (q, scale))
-        return (q.contiguous(), scale), None
+        return (padded_rows(q, self.num_rows, mesh), padded_rows(scale, self.num_rows, mesh)), None
 
     def fsdp_post_all_gather(
         self,
@@ -188,3 +185,10 @@ def int8_rows(weight_NK: Tensor) -> tuple[Tensor, Tensor] | tuple[None, None]:
 
 def _is_whole(rows: Tensor, size: Sequence[int], stride: Sequence[int], offset: int | None = None) -> bool:
     return tuple(size) == rows.shape and tuple(stride) == rows.stride() and not offset
+
+
+def padded_rows(part: Tensor, num_rows: int, mesh: DeviceMesh) -> Tensor:
+    """This rank's rows of a matrix of `num_rows`, contiguous, with zeros up to as many as the first
+    rank has."""
+    missing = -(-num_rows // mesh.size()) - part.shape[0]
+    return nn.functional.pad(part, (0, 0, 0, missing)).contiguous() if missing else part.contiguous()

@@ -7,7 +7,7 @@ T tokens, K input features, N output features.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -229,15 +229,7 @@ class QuantLinear(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
         """What `to` and its kin call for every tensor: the payload follows to devices, not to types."""
-        frozen = {id(tensor) for tensor in self.payload}
-
-        def move(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            if id(tensor) in frozen and moved.dtype is not tensor.dtype:
-                return tensor.to(moved.device)
-            return moved
-
-        super()._apply(move, recurse)
+        super()._apply(moving_only(self.payload, fn), recurse)
         self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype)).dtype
         return self
 
@@ -321,3 +313,16 @@ def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
 def _matrix(x: Tensor) -> Tensor:
     """Leading dimensions flattened, by number: -1 would be ambiguous for an empty tensor."""
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
+def moving_only(tensors: Iterable[Tensor], fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """`fn`, which `Module._apply` calls for every tensor, but for `tensors` without a change of type."""
+    kept = {id(tensor) for tensor in tensors}
+
+    def move(tensor: Tensor) -> Tensor:
+        moved = fn(tensor)
+        if id(tensor) in kept and moved.dtype is not tensor.dtype:
+            return tensor.to(moved.device)
+        return moved
+
+    return move

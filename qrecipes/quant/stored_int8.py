@@ -11,11 +11,12 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_map_only
 
+from qrecipes.quant.int8_gathered import padded_rows
 from qrecipes.quant.int8_quantize import quantize_rows
 from qrecipes.quant.primitives import dequantize_int8
 
@@ -139,11 +140,7 @@ class StoredInt8(torch.Tensor):
         With this signature FSDP2 leaves the filling to the tensor; with its longer one it wants all that is
         gathered in the weight's own shape where rows are left over, and the scales have another.
         """
-        missing = -(-self.num_rows // mesh.size()) - self.q.shape[0]
-        q, scale = self.q, self.scale
-        if missing:
-            q, scale = (nn.functional.pad(part, (0, 0, 0, missing)) for part in (q, scale))
-        return (q.contiguous(), scale.contiguous()), None
+        return (padded_rows(self.q, self.num_rows, mesh), padded_rows(self.scale, self.num_rows, mesh)), None
 
     def fsdp_post_all_gather(
         self,

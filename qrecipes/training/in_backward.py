@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from qrecipes.training.optimizer_verbs import AveragesWeights, GradientTap
+from qrecipes.training.optimizer_verbs import AveragesWeights, GradientTap, loss_of
 
 Construct = Callable[[list[dict[str, Any]]], Optimizer]
 
@@ -46,10 +46,7 @@ class InBackward(Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """Update every parameter whose gradient was not used in the backward pass."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)
         for p, inner in self._inner.items():
             if p.grad is not None:
                 inner.step()

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from qrecipes.training.in_backward import Construct
-from qrecipes.training.optimizer_verbs import GradientTap
+from qrecipes.training.optimizer_verbs import GradientTap, loss_of
 
 MOST_LEAVING = 2
 """Gradients on their way to the CPU. The backward pass is queued faster than it runs: without a limit every
@@ -65,10 +65,7 @@ class Offloaded(Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """One update of every weight whose gradient is there or was taken."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)
         for p in self._hosts:
             if p.grad is not None:
                 self._fetch(p)

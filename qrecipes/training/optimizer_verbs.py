@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -24,6 +24,14 @@ class AveragesWeights(Protocol):
 
     def train(self) -> None:
         """Put the weights in place that are trained, as a function of the optimizer's state alone."""
+
+
+def loss_of(closure: Callable[[], Any] | None) -> Any:
+    """What `step(closure)` returns: the closure's loss, computed with gradients, or None without one."""
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()
 
 
 @contextmanager

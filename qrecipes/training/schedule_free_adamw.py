@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from qrecipes.quant.sharded import flat_locals, local
 from qrecipes.training.exact_state import load_exactly
+from qrecipes.training.optimizer_verbs import loss_of
 
 Kernel = Callable[..., None]
 
@@ -80,10 +81,7 @@ class ScheduleFreeAdamW(Optimizer):
         """
         if self.evaluating:
             raise RuntimeError("ScheduleFreeAdamW: the weights hold the average; call train() before a step")
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:

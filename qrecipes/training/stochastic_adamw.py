@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from qrecipes.quant.sharded import flat_locals
 from qrecipes.training.exact_state import load_exactly
+from qrecipes.training.optimizer_verbs import loss_of
 
 Update = Callable[..., None]
 
@@ -48,10 +49,7 @@ class StochasticAdamW(Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """One update of every weight that has a gradient."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)
         for group in self.param_groups:
             beta1, beta2 = group["betas"]
             for p in group["params"]:

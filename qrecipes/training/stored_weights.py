@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 from qrecipes.errors import ConfigError
 from qrecipes.quant.sharded import is_composite, local
 from qrecipes.training.exact_state import load_exactly
+from qrecipes.training.optimizer_verbs import loss_of
 from qrecipes.training.stochastic_adamw import round_to_bfloat16_stochastically
 
 BUCKET_WEIGHTS = 1 << 24
@@ -88,10 +89,7 @@ class StoredWeightOptimizer(Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """One update of every weight that has a gradient."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = loss_of(closure)
         for part in self._parts:
             for group, inner_group in part.paired(self.param_groups):
                 _take_settings_(inner_group, group)

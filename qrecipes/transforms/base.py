@@ -344,8 +344,7 @@ class LinearTransform(Transform[C]):
             merged.train(layer.training)
             if not fqn:
                 return merged
-            parent, _, child = fqn.rpartition(".")
-            setattr(model.get_submodule(parent), child, merged)
+            model.set_submodule(fqn, merged)
         return model
 
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from qrecipes.errors import ConfigError
 from qrecipes.quant.affine import with_offset
 from qrecipes.quant.formats import AffineFormat, WeightFormat
-from qrecipes.quant.linear import QuantLinear
+from qrecipes.quant.linear import QuantLinear, moving_only
+from qrecipes.transforms.base import Adapter, C, LinearTransform
 
 ADAPTER_TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -45,16 +46,21 @@ class AdaptedLinear(nn.Module):
         return self.base.weight.detach().to(dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdaptedLinear:
-        own = {id(tensor) for tensor in self.parameters(recurse=False)}
-
-        def move(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            if id(tensor) in own and moved.dtype is not tensor.dtype:
-                return tensor.to(moved.device)
-            return moved
-
-        super()._apply(move, recurse)
+        super()._apply(moving_only(self.parameters(recurse=False), fn), recurse)
         return self
+
+
+class AdapterTransform(LinearTransform[C]):
+    """A method whose `Layer` is an `AdaptedLinear` with an `adapter()`, over plain or low-bit layers."""
+
+    kinds = (nn.Linear, QuantLinear)
+
+    def detach_adapters(self, model: nn.Module) -> dict[str, Adapter]:
+        """Put the bases in the layers' place."""
+        layers: dict[str, Any] = dict(self.layers(model))
+        for fqn, layer in layers.items():
+            model.set_submodule(fqn, layer.base)
+        return {fqn: layer.adapter() for fqn, layer in layers.items()}
 
 
 def in_format(layer: QuantLinear, format: WeightFormat, where: str) -> QuantLinear:
@@ -94,12 +100,6 @@ def plain_linear(weight_NK: Tensor, like: nn.Linear | QuantLinear, dtype: torch.
     linear.weight = nn.Parameter(weight_NK.detach().to(dtype), requires_grad=False)
     linear.bias = like.bias  # type: ignore[assignment]
     return linear
-
-
-def put(model: nn.Module, fqn: str, module: nn.Module) -> None:
-    """Put `module` in the place called `fqn`, which is not the root."""
-    parent, _, child = fqn.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
 
 
 def check_shapes(where: str, given: Any, wanted: dict[str, tuple[int, ...]]) -> None:

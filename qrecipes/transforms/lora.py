@@ -34,7 +34,6 @@ from qrecipes.quant.ranges import RANGES
 from qrecipes.transforms.base import (
     Adapter,
     Bounds,
-    LinearTransform,
     MergeBounds,
     ParamGroup,
     TransformConfig,
@@ -43,11 +42,11 @@ from qrecipes.transforms.base import (
 from qrecipes.transforms.frozen import (
     ADAPTER_TYPES,
     AdaptedLinear,
+    AdapterTransform,
     check_shapes,
     check_width,
     in_format,
     plain_linear,
-    put,
 )
 
 Base: TypeAlias = Literal["bf16", "nf4", "int8", "int4", "int3", "int2"]
@@ -290,12 +289,11 @@ def loftq(
 
 
 @register("lora")
-class LoRA(LinearTransform[LoRAConfig]):
+class LoRA(AdapterTransform[LoRAConfig]):
     """Low-rank adapters over frozen layers; all else is frozen."""
 
     Config = LoRAConfig
     Layer = LoRALinear
-    kinds = (nn.Linear, QuantLinear)
     sqnr_floor_db = (
         8.0  # least of 20 seeds on tiny decoders and ViTs, 4 bits: 13.2, NF4 13.6; fewer bits lie below it
     )
@@ -340,13 +338,6 @@ class LoRA(LinearTransform[LoRAConfig]):
         magnitudes = [layer.magnitude for layer in layers if layer.magnitude is not None]
         groups = [ParamGroup("adapters", adapters)]
         return [*groups, ParamGroup("magnitudes", magnitudes)] if magnitudes else groups
-
-    def detach_adapters(self, model: nn.Module) -> dict[str, Adapter]:
-        """Put the bases in the layers' place."""
-        layers = cast("dict[str, LoRALinear]", self.layers(model))
-        for fqn, layer in layers.items():
-            put(model, fqn, layer.base)
-        return {fqn: layer.adapter() for fqn, layer in layers.items()}
 
     @torch.no_grad()
     def load_adapters(self, model: nn.Module, adapters: Mapping[str, Adapter]) -> list[str]:

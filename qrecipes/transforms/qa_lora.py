@@ -32,7 +32,6 @@ from qrecipes.quant.ranges import RANGES
 from qrecipes.transforms.base import (
     Adapter,
     Bounds,
-    LinearTransform,
     MergeBounds,
     ParamGroup,
     TransformConfig,
@@ -41,10 +40,10 @@ from qrecipes.transforms.base import (
 from qrecipes.transforms.frozen import (
     ADAPTER_TYPES,
     AdaptedLinear,
+    AdapterTransform,
     check_shapes,
     check_width,
     in_format,
-    put,
 )
 
 Pool: TypeAlias = Literal["sum", "mean"]
@@ -205,12 +204,11 @@ def _check_quantizer(config: QALoRAConfig, what: str) -> None:
 
 
 @register("qa_lora")
-class QALoRA(LinearTransform[QALoRAConfig]):
+class QALoRA(AdapterTransform[QALoRAConfig]):
     """Group-pooled adapters over frozen integers; all else is frozen."""
 
     Config = QALoRAConfig
     Layer = QALoRALinear
-    kinds = (nn.Linear, QuantLinear)
     sqnr_floor_db = 8.0  # least of 20 seeds on tiny decoders and ViTs, 4 bits: 13.2; fewer bits lie below it
 
     def check_site(self, fqn: str, module: nn.Module) -> None:
@@ -243,13 +241,6 @@ class QALoRA(LinearTransform[QALoRAConfig]):
         """A and B."""
         layers = cast("list[QALoRALinear]", list(self.layers(model).values()))
         return [ParamGroup("adapters", [p for layer in layers for p in (layer.lora_a, layer.lora_b)])]
-
-    def detach_adapters(self, model: nn.Module) -> dict[str, Adapter]:
-        """Put the bases in the layers' place."""
-        layers = cast("dict[str, QALoRALinear]", self.layers(model))
-        for fqn, layer in layers.items():
-            put(model, fqn, layer.base)
-        return {fqn: layer.adapter() for fqn, layer in layers.items()}
 
     @torch.no_grad()
     def load_adapters(self, model: nn.Module, adapters: Mapping[str, Adapter]) -> list[str]:
