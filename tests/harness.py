@@ -161,3 +161,13 @@ def command_line(*arguments: str) -> int:
         return main(list(arguments))
     except SystemExit as request:
         return request.code or 0
+
+
+def products(layer: nn.Module, x: torch.Tensor, grad_y: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The output of a layer and every gradient of it, by name."""
+    x = x.detach().clone().requires_grad_()
+    layer.zero_grad(set_to_none=True)
+    y = layer(x)
+    y.backward(grad_y)
+    found = {"output": y.detach(), "grad_input": x.grad}
+    return found | {f"grad_{name}": p.grad for name, p in layer.named_parameters()}

@@ -6,19 +6,15 @@ truncates to bfloat16 where a device rounds.
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from contextlib import ExitStack
 from pathlib import Path
 from unittest import mock
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from interpreter import outcomes_of, run_checks
 
 from qrecipes.quant import dequantize as operators
 from qrecipes.quant.dequantize import (
@@ -271,31 +267,9 @@ def check_operators_choose_by_tokens_type_and_device():
 CHECKS = {name: check for name, check in list(globals().items()) if name.startswith("check_")}
 
 
-def run_checks() -> None:
-    """Print a JSON object: for every check None, or the exception."""
-    outcomes: dict[str, str | None] = {}
-    for name, check in CHECKS.items():
-        try:
-            torch.manual_seed(0)
-            check()
-            outcomes[name] = None
-        except Exception as error:
-            outcomes[name] = repr(error)
-    print(json.dumps(outcomes))
-
-
 @pytest.fixture(scope="module")
 def interpreted() -> dict[str, str | None]:
-    triton = pytest.importorskip("triton", reason="needs the triton package, for its interpreter")
-    versions = [tuple(map(int, module.__version__.split(".")[:2])) for module in (triton, np)]
-    if versions[0] <= (3, 6) and versions[1] >= (2, 4):
-        pytest.skip("triton 3.6's interpreter takes int() of an array, which numpy 2.4 refuses")
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(REPOSITORY)}
-    process = subprocess.run(
-        [sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=200, check=False
-    )
-    assert process.returncode == 0, process.stderr
-    return json.loads(process.stdout.splitlines()[-1])
+    return outcomes_of(__file__, timeout=200)
 
 
 @pytest.mark.parametrize("name", CHECKS)
@@ -304,4 +278,4 @@ def test_kernels_in_the_interpreter(name, interpreted):
 
 
 if __name__ == "__main__":
-    run_checks()
+    run_checks(CHECKS)

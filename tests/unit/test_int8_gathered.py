@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from harness import products
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -54,16 +55,6 @@ def after_gather(layer: Int8MixedPrecisionLinear) -> Int8MixedPrecisionLinear:
         "bias": layer.bias,
     }
     return layer
-
-
-def products(layer: nn.Module, x: torch.Tensor, grad_y: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The output of a layer and every gradient of it, by name."""
-    x = x.detach().clone().requires_grad_()
-    layer.zero_grad(set_to_none=True)
-    y = layer(x)
-    y.backward(grad_y)
-    found = {"output": y.detach(), "grad_input": x.grad}
-    return found | {f"grad_{name}": p.grad for name, p in layer.named_parameters()}
 
 
 @settings(deadline=None, max_examples=60)

@@ -5,12 +5,7 @@ The kernel runs under Triton's interpreter, in a process of its own, so that no 
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
-import sys
-from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from interpreter import outcomes_of, run_checks
 from torch._dynamo.testing import CompileCounter
 
 from qrecipes.quant import int8_matmul
@@ -413,39 +409,11 @@ def check_output_types():
 CHECKS = {name: check for name, check in list(globals().items()) if name.startswith("check_")}
 
 
-def run_checks() -> None:
-    """Print a JSON object: for every check None, or the exception."""
-    outcomes: dict[str, str | None] = {}
-    for name, check in CHECKS.items():
-        try:
-            check()
-            outcomes[name] = None
-        except Exception as error:
-            outcomes[name] = repr(error)
-    print(json.dumps(outcomes))
-
-
 @pytest.fixture(scope="module")
 def interpreted() -> dict[str, str | None]:
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(REPOSITORY)}
-    process = subprocess.run(
-        [sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=120, check=False
-    )
-    assert process.returncode == 0, process.stderr
-    return json.loads(process.stdout.splitlines()[-1])
+    return outcomes_of(__file__)
 
 
-def interpreter_is_broken() -> str | None:
-    """Why Triton's interpreter cannot run here, or None."""
-    if find_spec("triton") is None:
-        return "needs the triton package, for its interpreter"
-    triton, numpy = (tuple(map(int, version(name).split(".")[:2])) for name in ("triton", "numpy"))
-    if triton <= (3, 6) and numpy >= (2, 4):
-        return "triton 3.6's interpreter takes int() of an array, which numpy 2.4 refuses"
-    return None
-
-
-@pytest.mark.skipif(interpreter_is_broken() is not None, reason=str(interpreter_is_broken()))
 @pytest.mark.parametrize("name", CHECKS)
 def test_kernel_in_the_interpreter(name, interpreted):
     assert interpreted[name] is None
@@ -453,4 +421,4 @@ def test_kernel_in_the_interpreter(name, interpreted):
 
 
 if __name__ == "__main__":
-    run_checks()
+    run_checks(CHECKS)

@@ -8,6 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from harness import products
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torchao.quantization import quantize_
@@ -40,17 +41,6 @@ EMULATED = {"emulate": True, "min_size": 0}
 
 def swapped(linear: nn.Linear, **config: bool) -> Int8MixedPrecisionLinear:
     return Int8MixedPrecisionLinear.from_linear(linear, Int8MixedPrecisionConfig(**EMULATED, **config))
-
-
-def products(layer: nn.Linear, x: torch.Tensor, grad_y: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The output of a layer and every gradient of it, by name."""
-    x = x.detach().clone().requires_grad_()
-    layer.zero_grad(set_to_none=True)
-    y = layer(x)
-    y.backward(grad_y)
-    found = {"output": y.detach(), "grad_input": x.grad}
-    found |= {f"grad_{name}": p.grad for name, p in layer.named_parameters()}
-    return found
 
 
 def rounded(matrix: np.ndarray, axis: int) -> np.ndarray:

@@ -5,11 +5,7 @@ The kernels run under Triton's interpreter, in a process of its own, so that no 
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from interpreter import outcomes_of, run_checks
 
 from qrecipes.quant import int8_quantize
 from qrecipes.quant.int8_quantize import (
@@ -240,30 +237,9 @@ CHECKS = {name: check for name, check in list(globals().items()) if name.startsw
 CHECKS.pop("check_unbiased")
 
 
-def run_checks() -> None:
-    """Print a JSON object: for every check None, or the exception."""
-    outcomes: dict[str, str | None] = {}
-    for name, check in CHECKS.items():
-        try:
-            check()
-            outcomes[name] = None
-        except Exception as error:
-            outcomes[name] = repr(error)
-    print(json.dumps(outcomes))
-
-
 @pytest.fixture(scope="module")
 def interpreted() -> dict[str, str | None]:
-    triton = pytest.importorskip("triton", reason="needs the triton package, for its interpreter")
-    versions = [tuple(map(int, module.__version__.split(".")[:2])) for module in (triton, np)]
-    if versions[0] <= (3, 6) and versions[1] >= (2, 4):
-        pytest.skip("triton 3.6's interpreter takes int() of an array, which numpy 2.4 refuses")
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(REPOSITORY)}
-    process = subprocess.run(
-        [sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=120, check=False
-    )
-    assert process.returncode == 0, process.stderr
-    return json.loads(process.stdout.splitlines()[-1])
+    return outcomes_of(__file__)
 
 
 @pytest.mark.parametrize("name", CHECKS)
@@ -272,4 +248,4 @@ def test_kernels_in_the_interpreter(name, interpreted):
 
 
 if __name__ == "__main__":
-    run_checks()
+    run_checks(CHECKS)

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from harness import Trial, tiny_run
+from harness import Trial, products, tiny_run
 from safetensors.torch import load_file
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
@@ -28,17 +28,6 @@ ROUNDINGS = {torch.float32: 2e-6, torch.bfloat16: 2.0**-6}
 
 def swapped(linear: nn.Linear, **config: object) -> Int8WeightLinear:
     return Int8WeightLinear.from_linear(linear, Int8WeightConfig(**config))
-
-
-def products(layer: nn.Module, x: torch.Tensor, grad_y: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The output of a layer and every gradient of it, by name."""
-    x = x.detach().clone().requires_grad_()
-    layer.zero_grad(set_to_none=True)
-    y = layer(x)
-    y.backward(grad_y)
-    found = {"output": y.detach(), "grad_input": x.grad}
-    found |= {f"grad_{name}": p.grad for name, p in layer.named_parameters()}
-    return found
 
 
 def rounded(matrix: np.ndarray, group_size: int | None = None) -> np.ndarray:
