@@ -78,9 +78,9 @@ class Int8MixedPrecisionConfig(TransformConfig):
 
     min_size: Annotated[float, Ge(0)] = 700.0
     """Layers whose in_features * out_features / (in_features + out_features) is smaller are left alone: what
-    their products save, quantization costs. On an H100, at 8,192 tokens and more, a layer by itself gains
-    from 1,400 on (tools/bench_layers.py). Compiled, with rows quantized in passing and inputs shared, it
-    gains earlier: the default is an estimate for that. 0 takes every layer."""
+    their products save, quantization costs. On an H100 a layer by itself gains from about 1,650 on at 8,192
+    tokens, and from 1,400 on at 16,384 (tools/bench_layers.py). Compiled, with rows quantized in passing and
+    inputs shared, it gains earlier: the default is an estimate for that. 0 takes every layer."""
     emulate: bool = False
     """Where there are no INT8 tensor cores (CPU, GPUs before Ampere) compute the same numbers in plain
     PyTorch, slowly, rather than refuse. It changes nothing where there are."""
