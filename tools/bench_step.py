@@ -170,7 +170,7 @@ def main() -> int:
     chosen = [(shape, case) for shape in args.shapes for case in args.cases]
     if args.prepare:
         with ThreadPoolExecutor(args.prepare) as pool:
-            list(pool.map(lambda pair: in_own_process(*worker(*pair, 0), args.timeout), chosen))
+            list(pool.map(lambda pair: in_own_process(*worker(pair[0], pair[1], 0), args.timeout), chosen))
     results = []
     for shape, case in chosen:
         found = in_own_process(*worker(shape, case, args.steps, args.profile), args.timeout)

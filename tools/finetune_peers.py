@@ -55,7 +55,8 @@ def peft_step(
         from transformers import LlamaConfig, LlamaForCausalLM
     except ImportError as error:
         raise ConfigError(f"the peer needs transformers, peft and bitsandbytes: {error}") from error
-    config = LlamaConfig(
+    make_config: Any = LlamaConfig  # whose signature tells less than it takes
+    config = make_config(
         hidden_size=shape.width,
         intermediate_size=shape.hidden,
         num_hidden_layers=shape.layers,
@@ -67,7 +68,8 @@ def peft_step(
         use_cache=False,
     )
     with torch.device("meta"):
-        model: Any = LlamaForCausalLM(config).to(torch.bfloat16)
+        model: Any = LlamaForCausalLM(config)
+    model = model.to(torch.bfloat16)
     for fqn, layer in list(model.named_modules()):
         if quantized and isinstance(layer, nn.Linear) and fqn != "lm_head":
             model.set_submodule(fqn, _nf4_layer(layer, device, bitsandbytes))
