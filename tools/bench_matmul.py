@@ -2,19 +2,21 @@
 
     tools/bench_matmul.py [--shapes MxNxK ...] [--tiles] [--output FILE.json]
 
-M tokens, N output features, K input features. Operands are quantized beforehand and lie as each library wants
-them; what is timed is the product with its scaling. `A B^T` is the layer's output, `A B` the gradient of its
-input, `A^T B` that of its weight; the last two are given as they come (strided) and, for ours, also copied so
-that both operands are contiguous along the sum, as `int8_mixed_precision` quantizes them. Random data,
-medians; on a GPU a burst of calls is captured in a CUDA graph, so that no product waits for its launch, and
-cases take turns, so that a clock that falls as the device warms up falls for all. With --tiles our product is
-timed with each of the tiles that the rule chooses among, and the rule's choice.
+M tokens, N output features, K input features. Operands are normal numbers, the same for all, quantized
+beforehand, and lie as each library wants them; what is timed is the product with its scaling. `A B^T` is the
+layer's output, `A B` the gradient of its input, `A^T B` that of its weight; the last two are given as they come
+(strided) and, for ours, also copied so that both operands are contiguous along the sum, as
+`int8_mixed_precision` quantizes them. Medians; on a GPU a burst of calls is captured in a CUDA graph, so that
+no product waits for its launch, and cases take turns, so that a clock that falls as the device warms up falls
+for all. With --tiles our product is timed with each of the tiles that the rule chooses among, and the rule's
+choice.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import sys
 import time
@@ -84,7 +86,7 @@ def main() -> int:
 def products(M: int, N: int, K: int, device: torch.device, tiles: bool = False) -> dict[str, dict[str, Case]]:
     """The cases of each of a linear layer's products, [T=M, N], [M, K] and [N, K]."""
     x, w, dy = (torch.randn(shape, device=device).bfloat16() for shape in ((M, K), (N, K), (M, N)))
-    xq, wq, dyq = (torch.randint(-127, 128, t.shape, dtype=torch.int8, device=device) for t in (x, w, dy))
+    xq, wq, dyq = (quantize_rows(t)[0] for t in (x, w, dy))
     make = tile_cases if tiles else cases
     return {
         "A B^T": make(x, w.t(), xq, wq.t()),
@@ -198,7 +200,11 @@ def table(results: list[dict[str, Any]]) -> str:
         cells = [f"{line:22}{r['product']:>8}"]
         for name in names:
             value = rates.get(name)
-            cells.append(f"{'-':>20}" if value is None else f"{value:12,.1f} ({value / rates['bf16']:4.2f})")
+            cells.append(
+                f"{'-':>20}"
+                if value is None
+                else f"{value:12,.1f} ({value / (rates['bf16'] or math.nan):4.2f})"
+            )
         lines.append("".join(cells))
     return "\n".join(lines)
 

@@ -12,8 +12,9 @@ from typing import Any
 
 import triton
 from torch import Tensor
-from triton import knobs
+from triton import JITFunction, knobs
 from triton.compiler import CompiledKernel
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 KEPT = 4096
 """Sets of arguments whose kernels a `Launcher` remembers; then it starts over. Shapes are arguments."""
@@ -32,10 +33,14 @@ class Launcher:
         self.kernel, self.named = kernel, constants | options
         self.constants = tuple(constants.values())
         self._compiled: dict[tuple[object, ...], CompiledKernel] = {}
+        self._binds = not (_FAST and isinstance(kernel, JITFunction))  # or the interpreter's
 
     def __call__(self, programs: int, *arguments: Any) -> None:
-        """Launch on the current device and stream: tensors, tensor descriptors, integers or None."""
-        if not _FAST or knobs.runtime.interpret or knobs.runtime.launch_enter_hook.calls:
+        """Launch on the current device and stream: tensors, tensor descriptors, integers or None.
+
+        A descriptor's blocks are those that the constants say, of the type that the kernel is for.
+        """
+        if self._binds or knobs.runtime.launch_enter_hook.calls:
             self.kernel[(programs,)](*arguments, **self.named)
             return
         driver = triton.runtime.driver.active
@@ -64,8 +69,8 @@ class Launcher:
 
 def _trait(argument: Any) -> object:
     """All that Triton may specialize a kernel for."""
+    if type(argument) is int or argument is None:
+        return argument
     if isinstance(argument, Tensor):
         return argument.dtype, argument.data_ptr() % 16
-    if argument is None or isinstance(argument, int):
-        return argument
-    return argument.base.dtype, *argument.block_shape, *argument.shape, *argument.strides  # a descriptor
+    return TensorDescriptor
