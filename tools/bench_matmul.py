@@ -4,8 +4,8 @@
 
 M tokens, N output features, K input features. Operands are normal numbers, the same for all, quantized
 beforehand, and lie as each library wants them; what is timed is the product with its scaling. `A B^T` is the
-layer's output, `A B` the gradient of its input, `A^T B` that of its weight; the last two are given as they come
-(strided) and, for ours, also copied so that both operands are contiguous along the sum, as
+layer's output, `A B` the gradient of its input, `A^T B` that of its weight; the last two are given as they
+come (strided) and, for ours, also copied so that both operands are contiguous along the sum, as
 `int8_mixed_precision` quantizes them. Medians; on a GPU a burst of calls is captured in a CUDA graph, so that
 no product waits for its launch, and cases take turns, so that a clock that falls as the device warms up falls
 for all. With --tiles our product is timed with each of the tiles that the rule chooses among, and the rule's
