@@ -36,7 +36,7 @@ class Launcher:
         self._binds = not (_FAST and isinstance(kernel, JITFunction))  # or the interpreter's
 
     def __call__(self, programs: int, *arguments: Any) -> None:
-        """Launch on the current device and stream: tensors, tensor descriptors, integers or None.
+        """Launch on the current device and stream: tensors, tensor descriptors, numbers or None.
 
         A descriptor's blocks are those that the constants say, of the type that the kernel is for.
         """
@@ -73,4 +73,6 @@ def _trait(argument: Any) -> object:
         return argument
     if isinstance(argument, Tensor):
         return argument.dtype, argument.data_ptr() % 16
+    if type(argument) is float:
+        return float  # is never specialized for
     return TensorDescriptor

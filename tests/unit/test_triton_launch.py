@@ -46,14 +46,16 @@ def test_equal_arguments_are_bound_once_and_then_run_with_the_constants_last(rec
     launch = Launcher(recorder, {"BLOCK": 16, "WHOLE": True}, num_warps=2)
     tensors = [torch.zeros(64), torch.ones(64)]
     for t in tensors:
-        launch(3, t, None, 7)
+        launch(3, t, None, 7, float(t[0]))  # floats may differ
     assert len(recorder.bound) == 1
     assert recorder.bound[0][0] == (3,)
     assert recorder.bound[0][2] == {"BLOCK": 16, "WHOLE": True, "num_warps": 2}
-    ((*grid, stream, function, metadata, _, enter, leave, t, none, seven, block, whole),) = recorder.run_with
+    ((*grid, stream, function, metadata, _, enter, leave, t, none, seven, one, block, whole),) = (
+        recorder.run_with
+    )
     assert (grid, stream, function, metadata) == ([3, 1, 1], "stream", "function", "metadata")
     assert t is tensors[1]
-    assert (enter, leave, none, seven, block, whole) == (None, None, None, 7, 16, True)
+    assert (enter, leave, none, seven, one, block, whole) == (None, None, None, 7, 1.0, 16, True)
 
 
 @pytest.mark.parametrize(
