@@ -317,10 +317,10 @@ def table_of(
                 runs += [{"case": name} | lost for name in names.values()]
                 continue
             for found in result["rows"]:
-                if (title := names.get(_key(found))) is not None:
+                if (name := names.get(_key(found))) is not None:
                     point = _point(args.steps, found)
                     curve = result["curve"][:-1] if found["weights"] == "as it is" else []
-                    runs.append(_run(title, task.seed, [*curve, point]))
+                    runs.append(_run(name, task.seed, [*curve, point]))
     plan = {
         "config": f"{args.config}, W{bits}",
         "metric": METRIC,
