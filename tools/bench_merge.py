@@ -128,7 +128,6 @@ def main(argv: list[str]) -> int:
             "data.validation_files: missing; the held-out data must not be of the training files"
         )
     devices = visible_devices()
-    began = time.monotonic()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, Processes() as processes:
         lab = Lab(args, common, Path(folder), processes, min(args.jobs * len(devices), 64))
         (lab.folder / "run.toml").write_text(parse.dump(run))
@@ -136,7 +135,9 @@ def main(argv: list[str]) -> int:
             for task, result in run_all(stage, devices, args.jobs, lab.run):
                 lab.results[task] = result
                 said = f"failed: {result['failed']}" if "failed" in result else f"{_last(result):.4f}"
-                print(f"{time.monotonic() - began:4.0f} s  {task.kind} {task.name}: {said}", file=sys.stderr)
+                print(
+                    f"{time.monotonic() - lab.began:4.0f} s  {task.kind} {task.name}: {said}", file=sys.stderr
+                )
                 document = assemble(args, _command(argv), lab.results)
                 write(args.output, json.loads(json.dumps(document).replace(folder, "WORK")))
     print(report(document))
@@ -186,9 +187,16 @@ class Lab:
         self.args, self.common, self.folder = args, common, folder
         self.processes, self.at_a_time = processes, at_a_time
         self.results: dict[Task, dict[str, Any]] = {}
+        self.began = time.monotonic()
 
     def run(self, task: Task, device: str | None) -> dict[str, Any]:
         """Do a task; a curve and what belongs to it, or why it `failed`."""
+        if time.monotonic() - self.began > self.args.budget:
+            return {
+                "failed": f"not started within {self.args.budget:.0f} s",
+                "bits": task.bits,
+                "lr": task.lr,
+            }
         environment = environment_of_run(device, self.at_a_time)
         if task.method is not None:
             return self._train(task, task.method, environment)
@@ -440,6 +448,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--skip", action="append", metavar="PATTERN", help="layers to leave alone, instead of the heads")
     add("--jobs", type=int, default=1, metavar="N", help="processes at a time on each GPU")
     add("--timeout", type=float, default=600, help="seconds for one process")
+    add("--budget", type=float, default=3600, help="seconds after which no process starts (default: an hour)")
     add("--output", type=Path, default=DEFAULT_OUTPUT, help="default: %(default)s")
     return parser
 

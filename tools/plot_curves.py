@@ -109,7 +109,8 @@ def _draw_table(
     seeds = len(plan["seeds"])
     device = (document["environment"] or {}).get("device", "")
     above.set_title(f"{plan['config']}, {seeds} seed{'s' * (seeds != 1)}, {device}", fontsize=9)
-    above.legend(frameon=False)
+    beside = {"loc": "upper left", "bbox_to_anchor": (1, 1)} if len(cases) > len(COLOURS) else {}
+    above.legend(frameon=False, **beside)
 
 
 def absolute(runs: Sequence[Run], metric: str) -> Band:
