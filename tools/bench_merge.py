@@ -12,8 +12,9 @@ while a merged QLoRA must be quantized again. For each number of bits, on the co
 All low-bit rows have one format: groups of --group-size with a float32 scale and a float32 offset. All GPTQ
 rows are calibrated on the same samples of the training data. Methods train for the same steps on the same
 tokens with adapters of the same rank; a seed decides their order and the adapters' initial weights. Each
-method's learning rate is the best of --lrs in a run of --search-steps with a seed of its own, judged on the
-last --search-share of the training data, which it does not train on; the held-out data is not looked at.
+method's learning rate is the best of --lrs in a run of --search-steps with a seed of its own, as trained, on
+the last --search-share of the training rows, which only the runs for the table train on, too; the held-out
+data is not looked at.
 
 tools/judge_merge.py measures every row in the same way. Every run is a process of its own, --jobs at a time
 on a GPU, so a failed one costs only itself, and no time in the JSON is a speed. The JSON has, for each number
