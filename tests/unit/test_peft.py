@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from harness import Trial, command_line, tiny_run
+from harness import Trial, command_line, tiny_run, write_run
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -41,36 +41,13 @@ def stories(tmp_path) -> Path:
     return Path(shutil.copytree(assets.resolve("asset:stories260k"), tmp_path / "stories"))
 
 
-def write_run(folder: Path, source: Path, transform: dict, more: str = "") -> Path:
-    """Two steps of a run that starts from `source`; its folder."""
-    (folder / "text.txt").write_text("Once upon a time there was a tiny run. " * 60)
-    lines = "\n".join(f"{key} = {json.dumps(value)}" for key, value in transform.items())
-    config = folder / "run.toml"
-    config.write_text(f"""
-steps = 2
-output = "{folder}/run"
-device = "cpu"
-[model]
-source = "hf:{source}"
-{more}
-[data]
-source = "text"
-files = ["{folder}/text.txt"]
-validation_fraction = 0.2
-sequence_length = 32
-batch_size = 2
-[optim]
-lr = 3e-2
-[log]
-progress = false
-[[transform]]
-{lines}
-""")
-    return config
+def write(folder: Path, source: Path, transform: dict, **model: object) -> Path:
+    """Two steps of a run that starts from `source`; its file."""
+    return write_run(folder, {"source": f"hf:{source}", **model}, transform, optim__lr=3e-2)
 
 
 def trained(tmp_path: Path, stories: Path, transform: dict) -> Path:
-    config = write_run(tmp_path, stories, transform)
+    config = write(tmp_path, stories, transform)
     assert command_line("run", "train", "--config", str(config)) == 0
     return tmp_path / "run"
 
@@ -140,7 +117,7 @@ def test_an_adapter_that_peft_wrote_starts_a_run(stories, tmp_path):
 
 
 def swapped(tmp_path: Path, stories: Path, transform: dict):
-    run = parse.load(str(write_run(tmp_path, stories, transform)))
+    run = parse.load(str(write(tmp_path, stories, transform)))
     model = build(run.model, dtype=torch.float32).eval()
     load_pretrained(model, run.model)
     chain = Chain.from_configs(run.transform)
@@ -164,8 +141,7 @@ def test_written_adapters_load_again_bit_for_bit(exported, kind):
 def test_a_run_goes_on_from_an_adapter(exported, stories, tmp_path):
     run = exported("lora")
     (tmp_path / "second").mkdir()
-    more = f'adapter = "{run}/export/peft"'
-    config = write_run(tmp_path / "second", stories, LORA, more)
+    config = write(tmp_path / "second", stories, LORA, adapter=f"{run}/export/peft")
     assert command_line("run", "train", "--config", str(config)) == 0
     losses = [
         [row["val_loss"] for row in map(json.loads, (folder / "metrics.jsonl").open()) if "val_loss" in row]
@@ -295,7 +271,7 @@ def test_a_run_without_adapters_has_none_to_write(stories, tmp_path):
 
 
 def test_adapters_of_two_ranks_are_refused(stories, tmp_path):
-    run = parse.load(str(write_run(tmp_path, stories, LORA)))
+    run = parse.load(str(write(tmp_path, stories, LORA)))
     configs = (
         LoRAConfig(rank=4, targets=("*.q_proj",)),
         QALoRAConfig(rank=2, group_size=16, targets=("*.k_proj",)),
