@@ -8,7 +8,8 @@ Weights are random and bfloat16, blocks compiled one by one, AdamW fused; a step
 update, and the last layer is left alone in every case. Each case is a process of its own, since a graph keeps
 its memory.
 
-Medians of the steps after the warm-up. Peak memory is the CUDA allocator's, of these steps. `graphs` counts
+Medians of the steps after the warm-up. Peak memory is the CUDA allocator's, of these steps. `host` is the
+time until all of a step's work is queued: near the step's own, the GPU waits for Python. `graphs` counts
 those that Dynamo compiled after the third step: recompilations. With --profile the kernels of one more step
 are listed, and how long the GPU had nothing to do.
 """
@@ -17,10 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
-import subprocess
 import sys
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -28,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from step_timing import in_own_process, random_tokens, report, timed_steps
 from torch import Tensor, nn
 
 from qrecipes.config.run import ModelSection, OptimSection, ParallelSection, TaskSection
@@ -44,7 +43,6 @@ from qrecipes.transforms import REGISTRY
 from qrecipes.transforms.chain import Chain
 
 VOCABULARY, CLASSES = 32_000, 45
-WARMUP = 4
 Change = Callable[[nn.Module], nn.Module]
 """What a case makes of a bfloat16 model."""
 
@@ -168,15 +166,15 @@ def main() -> int:
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        print("RESULT", json.dumps(measure(args.shapes[0], args.cases[0], args.steps, args.profile)))
+        report(measure(args.shapes[0], args.cases[0], args.steps, args.profile))
         return 0
     chosen = [(shape, case) for shape in args.shapes for case in args.cases]
     if args.prepare:
         with ThreadPoolExecutor(args.prepare) as pool:
-            list(pool.map(lambda pair: in_own_process(pair[0], pair[1], 0, args.timeout), chosen))
+            list(pool.map(lambda pair: in_own_process(*worker(pair[0], pair[1], 0), args.timeout), chosen))
     results = []
     for shape, case in chosen:
-        found = in_own_process(shape, case, args.steps, args.timeout, args.profile)
+        found = in_own_process(*worker(shape, case, args.steps, args.profile), args.timeout)
         results.append({"shape": shape, "case": case} | found)
         if args.output:
             process = Process(0, 1, pick_device("auto"), None)
@@ -186,21 +184,10 @@ def main() -> int:
     return int(any("failed" in result for result in results))
 
 
-def in_own_process(
-    shape: str, case: str, steps: int, timeout: float, profile: bool = False
-) -> dict[str, Any]:
-    """What a worker found, or how it failed."""
-    command = [sys.executable, __file__, "--worker", "--shapes", shape, "--cases", case]
-    command += ["--steps", str(steps), *(["--profile"] if profile else [])]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
-    except subprocess.TimeoutExpired:
-        return {"failed": f"took longer than {timeout:.0f} s"}
-    found = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    print("\n".join(line for line in done.stdout.splitlines() if line not in found), end="", flush=True)
-    if done.returncode or not found:
-        return {"failed": done.stderr[-1500:] or "no result"}
-    return json.loads(found[0].removeprefix("RESULT "))
+def worker(shape: str, case: str, steps: int, profile: bool = False) -> tuple[str, list[str]]:
+    """This script, and the arguments with which it measures one case."""
+    arguments = ["--shapes", shape, "--cases", case, "--steps", str(steps)]
+    return __file__, [*arguments, *(["--profile"] if profile else [])]
 
 
 def measure(shape: str, case: str, steps: int, profile: bool) -> dict[str, Any]:
@@ -225,75 +212,21 @@ def measure(shape: str, case: str, steps: int, profile: bool) -> dict[str, Any]:
         optimizer.zero_grad()
         return loss.detach()
 
-    times, losses, graphs = [], [], 0
-    for i in range(WARMUP + steps):
-        if i == WARMUP and device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        if i == 3:
-            graphs = compiled_graphs()
-        start = time.perf_counter()
-        loss = step()
-        losses.append(loss.item())  # waits for the device, but for the update
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    graphs = compiled_graphs() - graphs
-    seconds = statistics.median(times[WARMUP:] or times)
-    peak = round(torch.cuda.max_memory_allocated() / 1e9, 3) if device.type == "cuda" else None
-    if profile:
-        print_profile(step)
-    return {
-        "step_ms": round(1e3 * seconds, 2),
-        "per_s": round(units / seconds, 1),
-        "peak_memory_gb": peak,
-        "graphs_after_step_3": graphs,
-        "first_loss": losses[0],
-        "last_loss": losses[-1],
-    }
+    return timed_steps(step, steps, units, device, profile=profile)
 
 
 def random_batch(size: tuple[int, ...], device: torch.device) -> Batch:
     """Random tokens and the next ones, or random images and their classes."""
     if len(size) == 2:
-        tokens = torch.randint(VOCABULARY, (size[0], size[1] + 1), device=device)
-        return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
+        return random_tokens(*size, VOCABULARY, device)
     images = torch.randn(size, device=device, dtype=torch.bfloat16)
     return Batch(images, torch.randint(CLASSES, size[:1], device=device))
 
 
-def compiled_graphs() -> int:
-    """How many graphs Dynamo has compiled."""
-    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
-
-
-def print_profile(step: Callable[[], Tensor]) -> None:
-    """Kernels of one step by time, and the time in which none ran."""
-    activities = [torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities) as found:
-        step()
-        torch.cuda.synchronize()
-    kernels = [e for e in found.events() if e.device_type == torch.autograd.DeviceType.CUDA]
-    spans = sorted((e.time_range.start, e.time_range.end, e.name) for e in kernels)
-    idle, end, gaps = 0.0, spans[0][0], []
-    for start, stop, name in spans:
-        if start > end:
-            idle += start - end
-            gaps.append((start - end, name))
-        end = max(end, stop)
-    total: dict[str, tuple[int, float]] = {}
-    for start, stop, name in spans:
-        count, microseconds = total.get(name, (0, 0.0))
-        total[name] = count + 1, microseconds + stop - start
-    print(f"\n{(end - spans[0][0]) / 1e3:9.3f} ms from first to last kernel, {idle / 1e3:.3f} of them idle")
-    for gap, name in sorted(gaps, reverse=True)[:8]:
-        print(f"{gap / 1e3:9.3f} ms idle before {name[:90]}")
-    for name, (count, microseconds) in sorted(total.items(), key=lambda item: -item[1][1])[:40]:
-        print(f"{microseconds / 1e3:9.3f} ms {count:5} x {name[:100]}")
-
-
 def table(results: list[dict[str, Any]]) -> str:
     """Times, in brackets how many times as fast as bf16, and memory."""
-    lines = [f"{'shape':6}{'case':38}{'step ms':>9}{'per s':>12}{'x bf16':>8}{'peak GB':>9}{'graphs':>8}"]
+    names = ("step ms", 9), ("host", 8), ("per s", 12), ("x bf16", 8), ("peak GB", 9), ("graphs", 8)
+    lines = [f"{'shape':6}{'case':38}" + "".join(f"{name:>{width}}" for name, width in names)]
     base = {r["shape"]: r["step_ms"] for r in results if r["case"] == "bf16" and "step_ms" in r}
     for r in results:
         if "failed" in r:
@@ -302,7 +235,7 @@ def table(results: list[dict[str, Any]]) -> str:
         ratio = base.get(r["shape"], float("nan")) / r["step_ms"]
         memory = r["peak_memory_gb"] or float("nan")
         lines.append(
-            f"{r['shape']:6}{r['case']:38}{r['step_ms']:9.2f}{r['per_s']:12,.0f}{ratio:8.3f}"
+            f"{r['shape']:6}{r['case']:38}{r['step_ms']:9.2f}{r['host_ms']:8.1f}{r['per_s']:12,.0f}{ratio:8.3f}"
             f"{memory:9.2f}{r['graphs_after_step_3']:8}"
         )
     return "\n".join(lines)

@@ -330,7 +330,7 @@ def _grouped(folder: Path, tensors: dict[str, Tensor]) -> dict[str, dict[str, Te
 def _rank_and_scaling(folder: Path, described: dict[str, Any], layer: str) -> tuple[int, float]:
     """Those of the adapter of a layer: a pattern's, where one is the end of the layer's name, or else the
     file's."""
-    found = {}
+    found: dict[str, Any] = {}
     for key, patterns in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
         given = described.get(patterns) or {}
         matching = [value for name, value in given.items() if re.match(rf"(.*\.)?({name})$", layer)]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +13,10 @@ from torch import Tensor, nn
 from qrecipes.errors import ConfigError
 from qrecipes.quant.affine import with_offset
 from qrecipes.quant.formats import AffineFormat, WeightFormat
+from qrecipes.quant.frozen_int8 import frozen_int8_linear
+from qrecipes.quant.int8_matmul import has_int8_tensor_cores
 from qrecipes.quant.linear import QuantLinear, moving_only
-from qrecipes.transforms.base import Adapter, Bounds, C, LinearTransform
+from qrecipes.transforms.base import Adapter, Bounds, LinearTransform, MergeBounds, TransformConfig
 
 ADAPTER_TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Least SQNR of one layer's output and grad_input, in dB, by the bits of its weight. Least seen in the
@@ -21,16 +24,50 @@ ADAPTER_TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # INT2 4 and -4, NF4 18 and 9; the second of each is a k_proj, whose gradients nearly cancel.
 FLOORS_DB = {8: (36.0, 28.0), 4: (12.0, 5.0), 3: (6.0, -2.0), 2: (-2.0, -10.0)}
 NF4_FLOORS_DB = (12.0, 2.0)
+# The same with products in INT8, against those in the model's type. Least seen there: 30 and 21, of a k_proj.
+INT8_FLOORS_DB = 20.0, 12.0
+INT8_PERPLEXITY = 0.02
+"""Largest relative change of held-out perplexity that an export accepts where the merged model computes in
+the model's type, and the trained one did in INT8."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterConfig(TransformConfig):
+    """Keys of every method whose layers are adapted, frozen ones."""
+
+    free_on_resume: ClassVar[tuple[str, ...]] = ("emulate",)
+    base_compute: Literal["model", "int8"] = "model"
+    """What the frozen weight is multiplied in. `model`: the model's type. `int8`: INT8 tensor cores, for the
+    output and for the gradient of the input; both operands are rounded to 8 bits with a scale a token and a
+    channel, dynamically. The adapter's own products stay in the model's type, as do their gradients, but for
+    what they inherit: its inputs and the gradients that reach it come from layers in INT8. Merged and
+    exported layers compute in the model's type. It gains on wide layers, from some 1,500 x 1,500 on."""
+    emulate: bool = False
+    """Where `base_compute` is `int8` and there are no INT8 tensor cores (CPU, GPUs before Ampere) compute the
+    same numbers in plain PyTorch, slowly, rather than refuse. It changes nothing where there are."""
+
+    def check_device(self, device: torch.device) -> None:
+        """Raise ConfigError where INT8 products are wanted, not emulated, and `device` has none."""
+        if self.base_compute == "int8" and not (self.emulate or has_int8_tensor_cores(device)):
+            raise ConfigError(
+                f"base_compute: 'int8', but the device is {device}, and INT8 products need the tensor cores "
+                "of an NVIDIA GPU of compute capability 8.0 or later; use such a device, set base_compute = "
+                '"model", or set emulate = true to compute the same numbers slowly'
+            )
+
+
+AC = TypeVar("AC", bound=AdapterConfig)
 
 
 class AdaptedLinear(nn.Module):
     """A frozen `base`, and parameters beside it that `to`, `bfloat16` and the like move, not convert."""
 
     base: nn.Linear | QuantLinear
+    config: AdapterConfig
 
-    def __init__(self, base: nn.Linear | QuantLinear) -> None:
+    def __init__(self, base: nn.Linear | QuantLinear, config: AdapterConfig) -> None:
         super().__init__()
-        self.base = base
+        self.base, self.config = base, config
         self.in_features, self.out_features = base.in_features, base.out_features
         for parameter in base.parameters():
             parameter.requires_grad_(False)
@@ -45,6 +82,14 @@ class AdaptedLinear(nn.Module):
         """The type that merging computes in: float32, or float64 where the base does."""
         return torch.promote_types(self.compute_dtype, torch.float32)
 
+    def base_output(self, input: Tensor) -> Tensor:
+        """What the base makes of [..., K], computed as `config.base_compute` says: [..., N]."""
+        if self.config.base_compute == "model":
+            return self.base(input)
+        if not (self.config.emulate or input.is_cuda):
+            self.config.check_device(input.device)
+        return frozen_int8_linear(input, self.base)
+
     def base_weight(self, dtype: torch.dtype) -> Tensor:
         """The base's weight [N, K] in `dtype`."""
         if isinstance(self.base, QuantLinear):
@@ -56,10 +101,47 @@ class AdaptedLinear(nn.Module):
         return self
 
 
-class AdapterTransform(LinearTransform[C]):
-    """A method whose `Layer` is an `AdaptedLinear` with an `adapter()`, over plain or low-bit layers."""
+class AdapterTransform(LinearTransform[AC]):
+    """A method whose `Layer` is an `AdaptedLinear` with an `adapter()`, over plain or low-bit layers.
+
+    A subclass gives `base_bounds` and `base_merge_bounds`, which hold where the base computes in the model's
+    type.
+    """
 
     kinds = (nn.Linear, QuantLinear)
+
+    def base_bounds(self) -> Bounds:
+        """What the probe holds layers to."""
+        raise NotImplementedError
+
+    def base_merge_bounds(self) -> MergeBounds:
+        """What an export holds `finalize` to."""
+        raise NotImplementedError
+
+    def check_device(self, device: torch.device) -> None:
+        """Raise ConfigError where INT8 products are wanted, not emulated, and `device` has none."""
+        self.config.check_device(device)
+
+    def bounds(self) -> Bounds:
+        """`base_bounds`, and where the base computes in INT8 the noise of that, too."""
+        bounds = self.base_bounds()
+        if self.config.base_compute == "model":
+            return bounds
+        assert bounds.output is not None, bounds
+        assert bounds.grad_input is not None, bounds
+        output, grad_input = INT8_FLOORS_DB
+        if bounds.may_equal:  # the model's own weight: INT8 is all that may differ, and must
+            return Bounds(output, grad_input, None)
+        return Bounds(
+            noise_of_both(bounds.output, output), noise_of_both(bounds.grad_input, grad_input), None
+        )
+
+    def merge_bounds(self) -> MergeBounds:
+        """`base_merge_bounds`, and where the base computes in INT8 what leaving that changes."""
+        bounds = self.base_merge_bounds()
+        if self.config.base_compute == "model":
+            return bounds
+        return MergeBounds(None, math.inf, math.inf, bounds.perplexity + INT8_PERPLEXITY)
 
     def detach_adapters(self, model: nn.Module) -> dict[str, Adapter]:
         """Put the bases in the layers' place."""
@@ -86,6 +168,11 @@ def low_bit_bounds(format: WeightFormat) -> Bounds:
     is."""
     floors = FLOORS_DB[format.bits] if isinstance(format, AffineFormat) else NF4_FLOORS_DB
     return Bounds(*floors, None)
+
+
+def noise_of_both(one_db: float, other_db: float) -> float:
+    """SQNR of a product with two independent errors of these, in dB."""
+    return -10 * math.log10(10 ** (-one_db / 10) + 10 ** (-other_db / 10))
 
 
 def in_format(layer: QuantLinear, format: WeightFormat, where: str) -> QuantLinear:

@@ -36,12 +36,12 @@ from qrecipes.transforms.base import (
     Bounds,
     MergeBounds,
     ParamGroup,
-    TransformConfig,
     register,
 )
 from qrecipes.transforms.frozen import (
     ADAPTER_TYPES,
     AdaptedLinear,
+    AdapterConfig,
     AdapterTransform,
     check_scaling,
     check_shapes,
@@ -57,7 +57,7 @@ LOFTQ_ITERATIONS = 5
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoRAConfig(TransformConfig):
+class LoRAConfig(AdapterConfig):
     """A trained low-rank product beside each frozen linear layer."""
 
     rank: int = 64
@@ -145,12 +145,13 @@ class LoRAConfig(TransformConfig):
 class LoRALinear(AdaptedLinear):
     """A frozen base, plain or low-bit, with A and B beside it. Neither pass keeps a dequantized weight."""
 
+    config: LoRAConfig
     magnitude: nn.Parameter | None
     row_norm_squared: nn.Parameter | None
 
     def __init__(self, base: nn.Linear | QuantLinear, config: LoRAConfig, a: Tensor, b: Tensor) -> None:
-        super().__init__(base)
-        self.config, self.scaling = config, config.scaling
+        super().__init__(base, config)
+        self.scaling = config.scaling
         dtype = ADAPTER_TYPES[config.adapter_dtype]
         self.lora_a, self.lora_b = nn.Parameter(a.to(dtype)), nn.Parameter(b.to(dtype))
         self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
@@ -185,16 +186,16 @@ class LoRALinear(AdaptedLinear):
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., K] -> [..., N], in the input's type."""
-        y = self.base(input)
+        y = self.base_output(input)
         x = self.dropout(input)
         product = linear(linear(x, self.lora_a.to(x.dtype)) * self.scaling, self.lora_b.to(x.dtype))
         if self.magnitude is None:
             return y + product
         norms = self.row_norms()
         g = (self.magnitude.to(norms.dtype) / norms).to(y.dtype)
-        unbiased = y if self.base.bias is None else y - self.base.bias
+        unbiased = self._unbiased(y)
         if x is not input:  # peft's: what the magnitude adds sees the dropped input, the base does not
-            unbiased = self._unbiased(x)
+            unbiased = self._unbiased(self.base_output(x))
         return y + (g - 1) * unbiased + g * product
 
     @torch.no_grad()
@@ -202,13 +203,12 @@ class LoRALinear(AdaptedLinear):
         """||W + kappa B A|| of each row, [N], in float32 or wider."""
         assert self.row_norm_squared is not None, self.config
         a, b = self.lora_a.detach().to(self.work_dtype), self.lora_b.detach().to(self.work_dtype)
-        cross_NR = self._unbiased(a.to(self.compute_dtype)).to(self.work_dtype).t()
+        cross_NR = self._unbiased(self.base(a.to(self.compute_dtype))).to(self.work_dtype).t()
         squared = self.row_norm_squared + 2 * self.scaling * (b * cross_NR).sum(1)
         squared = squared + self.scaling**2 * (b * (b @ (a @ a.t()))).sum(1)
         return squared.clamp(min=torch.finfo(torch.float32).tiny).sqrt()
 
-    def _unbiased(self, x: Tensor) -> Tensor:
-        y = self.base(x)
+    def _unbiased(self, y: Tensor) -> Tensor:
         return y if self.base.bias is None else y - self.base.bias
 
     @torch.no_grad()
@@ -330,7 +330,7 @@ class LoRA(AdapterTransform[LoRAConfig]):
                 "singular values; lower it, or skip the layer"
             )
 
-    def bounds(self) -> Bounds:
+    def base_bounds(self) -> Bounds:
         """A plain base starts bit-equal; a low-bit one as far off as its format is."""
         format = self.config.format()
         if format is None:
@@ -338,7 +338,7 @@ class LoRA(AdapterTransform[LoRAConfig]):
             return Bounds(30.0, 30.0, None, may_equal=True)
         return low_bit_bounds(format)
 
-    def merge_bounds(self) -> MergeBounds:
+    def base_merge_bounds(self) -> MergeBounds:
         """A plain merge is exact but for the type's rounding; rounding again costs what it costs."""
         tolerance = self.config.merge_tolerance
         if self.config.merge == "requantize":

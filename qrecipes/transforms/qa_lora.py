@@ -33,12 +33,12 @@ from qrecipes.transforms.base import (
     Bounds,
     MergeBounds,
     ParamGroup,
-    TransformConfig,
     register,
 )
 from qrecipes.transforms.frozen import (
     ADAPTER_TYPES,
     AdaptedLinear,
+    AdapterConfig,
     AdapterTransform,
     check_scaling,
     check_shapes,
@@ -51,7 +51,7 @@ Pool: TypeAlias = Literal["sum", "mean"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class QALoRAConfig(TransformConfig):
+class QALoRAConfig(AdapterConfig):
     """A group-pooled adapter over frozen integers, which merges into their offsets without loss."""
 
     bits: int = 4
@@ -124,10 +124,10 @@ class QALoRALinear(AdaptedLinear):
     """Frozen integers with A and B beside them. Neither pass keeps a dequantized weight."""
 
     base: QuantLinear
+    config: QALoRAConfig
 
     def __init__(self, base: QuantLinear, config: QALoRAConfig) -> None:
-        super().__init__(base)
-        self.config = config
+        super().__init__(base, config)
         G, device = base.in_features // config.group_size, base.payload[0].device
         dtype = ADAPTER_TYPES[config.adapter_dtype]
         a = torch.empty(config.rank, G, device=device)
@@ -157,7 +157,7 @@ class QALoRALinear(AdaptedLinear):
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., K] -> [..., N], in the input's type."""
-        y = self.base(input)
+        y = self.base_output(input)
         p = self.dropout(pooled_input(input, self.config.group_size, self.config.pool))
         hidden = linear(p, self.lora_a.to(p.dtype)) * self.config.scaling
         return y + linear(hidden, self.lora_b.to(p.dtype))
@@ -245,11 +245,11 @@ class QALoRA(AdapterTransform[QALoRAConfig]):
             )
         in_format(site, format, f"qa_lora: {fqn}")
 
-    def bounds(self) -> Bounds:
+    def base_bounds(self) -> Bounds:
         """As far off as the format is."""
         return low_bit_bounds(self.config.format())
 
-    def merge_bounds(self) -> MergeBounds:
+    def base_merge_bounds(self) -> MergeBounds:
         """Exact but for rounding; held-out perplexity equal to 4 digits in whatever type."""
         return MergeBounds(1e-12, 1e-5, math.inf, 5e-4)
 
