@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -19,9 +19,12 @@ from qrecipes.transforms.base import Adapter, Bounds, LinearTransform, MergeBoun
 from qrecipes.transforms.int8_devices import check_int8_device
 
 ADAPTER_TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-# Least SQNR of one layer's output and grad_input in INT8, in dB, against the same products in the model's
-# type. Least seen in the pretrained 260K story Llama on Shakespeare: 30 and 21, of a k_proj, whose gradients
-# nearly cancel.
+# Least SQNR of one layer's output and grad_input, in dB, by the bits of its weight. Least seen in the
+# pretrained 260K story Llama on Shakespeare, groups of 32: INT8 42 and 35, INT4 18 and 12, INT3 12 and 5,
+# INT2 4 and -4, NF4 18 and 9; the second of each is a k_proj, whose gradients nearly cancel.
+FLOORS_DB = {8: (36.0, 28.0), 4: (12.0, 5.0), 3: (6.0, -2.0), 2: (-2.0, -10.0)}
+NF4_FLOORS_DB = (12.0, 2.0)
+# The same with products in INT8, against those in the model's type. Least seen there: 30 and 21, of a k_proj.
 INT8_FLOORS_DB = 20.0, 12.0
 INT8_PERPLEXITY = 0.02
 """Largest relative change of held-out perplexity that an export accepts where the merged model computes in
@@ -144,6 +147,25 @@ class AdapterTransform(LinearTransform[AC]):
             model.set_submodule(fqn, layer.base)
         return {fqn: layer.adapter() for fqn, layer in layers.items()}
 
+    @torch.no_grad()
+    def load_adapters(self, model: nn.Module, adapters: Mapping[str, Adapter]) -> list[str]:
+        """Overwrite the layers' adapters, once all were found to fit: each layer's `check_adapter` raises,
+        and `load_adapter` copies."""
+        layers: dict[str, Any] = self.layers(model)
+        taken = [fqn for fqn in adapters if fqn in layers]
+        for fqn in taken:
+            layers[fqn].check_adapter(adapters[fqn], f"adapter of {fqn}")
+        for fqn in taken:
+            layers[fqn].load_adapter(adapters[fqn])
+        return taken
+
+
+def low_bit_bounds(format: WeightFormat) -> Bounds:
+    """What the probe holds a frozen layer to whose weight was just rounded to `format`: as far off as that
+    is."""
+    floors = FLOORS_DB[format.bits] if isinstance(format, AffineFormat) else NF4_FLOORS_DB
+    return Bounds(*floors, None)
+
 
 def noise_of_both(one_db: float, other_db: float) -> float:
     """SQNR of a product with two independent errors of these, in dB."""
@@ -187,6 +209,16 @@ def plain_linear(weight_NK: Tensor, like: nn.Linear | QuantLinear, dtype: torch.
     linear.weight = nn.Parameter(weight_NK.detach().to(dtype), requires_grad=False)
     linear.bias = like.bias  # type: ignore[assignment]
     return linear
+
+
+def check_scaling(where: str, given: Adapter, scaling: float, keys: str) -> None:
+    """Raise ConfigError where an adapter's product is multiplied by another number than its layer's, which
+    the transform's `keys` make."""
+    if not math.isclose(given.scaling, scaling):
+        raise ConfigError(
+            f"{where}: is scaled by {given.scaling:g}, and the layer's by {scaling:g}; set the transform's "
+            f"{keys} to the adapter's"
+        )
 
 
 def check_shapes(where: str, given: Any, wanted: dict[str, tuple[int, ...]]) -> None:
