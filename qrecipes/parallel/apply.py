@@ -7,12 +7,12 @@ Nothing is wrapped, so names in state dicts stay those of the builder.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch._functorch.config as functorch_config
-from torch import nn
+from torch import fx, nn
+from torch._dynamo import lookup_backend
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 
@@ -30,8 +30,8 @@ def parallelize(model: nn.Module, parallel: ParallelSection, process: Process, c
     blocks = [site.block for site in block_sites(model)]
     if parallel.compile:
         for block in blocks:
-            compiled = torch.compile(block.forward)
-            block.forward = recomputing_pointwise(compiled) if parallel.recompute_pointwise else compiled
+            backend = recomputing_pointwise if parallel.recompute_pointwise else "inductor"
+            block.forward = torch.compile(block.forward, backend=backend)
     every = {"none": 0, "full": 1, "selective": parallel.selective_every}[parallel.checkpointing]
     if every:
         for block in blocks[::every]:
@@ -51,19 +51,11 @@ def recompute(block: nn.Module) -> None:
     block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
 
 
-def recomputing_pointwise(compiled: Callable[..., Any]) -> Callable[..., Any]:
-    """A compiled function that also recomputes pointwise results which the backward pass has to write to
-    memory, because a product reads them, rather than keep them from the forward pass.
-
-    The compiler is told when it compiles, which is during some call.
-    """
-
-    @functools.wraps(compiled)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        with functorch_config.patch(ban_recompute_materialized_backward=False):
-            return compiled(*args, **kwargs)
-
-    return call
+def recomputing_pointwise(graph: fx.GraphModule, inputs: list[Any], *, backend: str = "inductor") -> Any:
+    """A backend of torch.compile, which also recomputes pointwise results that the backward pass has to
+    write to memory, because a product reads them, rather than keep them from the forward pass."""
+    with functorch_config.patch(ban_recompute_materialized_backward=False):
+        return lookup_backend(backend)(graph, inputs)
 
 
 def shard(model: nn.Module, blocks: list[nn.Module], parallel: ParallelSection, process: Process) -> None:

@@ -7,6 +7,8 @@ Inductor takes for code; one goes through `parallelize` as a run does.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -24,6 +26,7 @@ from qrecipes.transforms.lora import LoRAConfig, LoRALinear
 from qrecipes.transforms.qa_lora import QALoRAConfig
 
 WIDTH, HIDDEN, TOKENS, RANK = 64, 96, 20, 4
+PARTITIONED = "aot_eager_decomp_partition"
 WEIGHTS = {WIDTH * WIDTH, WIDTH * HIDDEN}
 """Sizes of the weights, which no activation has."""
 CONFIGS: dict[str, TransformConfig] = {
@@ -60,14 +63,14 @@ def adapted(config: TransformConfig) -> nn.Module:
     return Chain.from_configs([config]).swap(nn.Sequential(Block()).to(torch.bfloat16))
 
 
-def compiled(block: nn.Module) -> None:
-    block.forward = torch.compile(block.forward, backend="aot_eager_decomp_partition", fullgraph=True)
+def compiled(block: nn.Module, backend: str | Callable[..., Any] = PARTITIONED) -> None:
+    block.forward = torch.compile(block.forward, backend=backend, fullgraph=True)
 
 
-def kept(model: nn.Module, call: Callable[[Tensor], Tensor] | None = None) -> list[Tensor]:
+def kept(model: nn.Module) -> list[Tensor]:
     """What a forward pass keeps for the backward pass, but for parameters, after a step that compiles."""
     x = torch.randn(TOKENS, WIDTH, dtype=torch.bfloat16, requires_grad=True)
-    (call or model)(x).sum().backward()
+    model(x).sum().backward()
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     found: dict[int, Tensor] = {}
 
@@ -77,7 +80,7 @@ def kept(model: nn.Module, call: Callable[[Tensor], Tensor] | None = None) -> li
         return tensor
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
-        (call or model)(x).sum().backward()
+        model(x).sum().backward()
     return list(found.values())
 
 
@@ -120,12 +123,10 @@ def test_recomputing_pointwise_keeps_no_norm_and_no_product_of_the_gate(name):
     """Kept: the block's input, the residual, gate and up; of LoRA, beside these, nothing that is as wide."""
     normally, sparing = adapted(CONFIGS[name]), adapted(CONFIGS[name])
     compiled(normally[0])
-    compiled(sparing[0])
-    sparing[0].forward = recomputing_pointwise(sparing[0].forward)
+    compiled(sparing[0], partial(recomputing_pointwise, backend=PARTITIONED))
     x = torch.randn(TOKENS, WIDTH, dtype=torch.bfloat16, requires_grad=True)
     gradients = []
     for model in (normally, sparing):
-        torch._dynamo.reset()  # blocks share what was compiled for their class
         parameters = [p for p in model.parameters() if p.requires_grad]
         gradients.append(torch.autograd.grad(model(x).float().square().mean(), [x, *parameters]))
     for found, expected in zip(*gradients, strict=True):
