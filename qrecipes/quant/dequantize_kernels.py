@@ -14,6 +14,7 @@ Weights get the bits of the reference: every product and sum is rounded by itsel
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +25,7 @@ from torch import Tensor
 from qrecipes.quant.dequantize_tiles import UNIT, MatrixTiles, VectorTiles
 from qrecipes.quant.formats import NF4Format, Payload, WeightFormat
 from qrecipes.quant.nf4 import NF4_LEVELS
+from qrecipes.quant.triton_launch import Launcher
 
 UNITS_PER_THREAD = 8
 """Units that a thread of the dequantization reads before it stores the first."""
@@ -79,17 +81,9 @@ def launch_dequantize(weight: StoredWeight, out_NK: Tensor) -> None:
     N, K = out_NK.shape
     units = -(-K // UNIT)
     per_thread = min(UNITS_PER_THREAD, triton.next_power_of_2(-(-units // 32)))
-    _dequantize_kernel[(N * -(-units // (32 * per_thread)),)](
-        *weight.tensors,
-        out_NK,
-        K,
-        weight.row_stride,
-        weight.num_groups,
-        **weight.constants,
-        UNITS=32,
-        REPEATS=per_thread,
-        num_warps=1,
-        enable_fp_fusion=False,
+    constants = {**weight.constants, "UNITS": 32, "REPEATS": per_thread}
+    _launcher("_dequantize_kernel", tuple(constants.items()), 1)(
+        N * -(-units // (32 * per_thread)), *weight.tensors, out_NK, K, weight.row_stride, weight.num_groups
     )
 
 
@@ -99,7 +93,15 @@ def launch_vector(
     """Fill the contiguous `out_N` with the product of one contiguous token."""
     N, K = out_N.numel(), x_K.numel()
     splits, parts = _parts(out_N, tiles.splits)
-    _vector_kernel[(-(-N // tiles.block_n), splits)](
+    constants = {
+        **weight.constants,
+        "ROWS": tiles.block_n,
+        "UNITS": 32 * tiles.num_warps,
+        "REPEATS": tiles.repeats,
+        "RAGGED": K % UNIT != 0,
+    }
+    _launcher("_vector_kernel", tuple(constants.items()), tiles.num_warps)(
+        (-(-N // tiles.block_n), splits),
         x_K,
         *weight.tensors,
         bias_N if splits == 1 else None,
@@ -109,13 +111,6 @@ def launch_vector(
         weight.row_stride,
         weight.num_groups,
         _per_split(K, tiles.block_k, splits),
-        **weight.constants,
-        ROWS=tiles.block_n,
-        UNITS=32 * tiles.num_warps,
-        REPEATS=tiles.repeats,
-        RAGGED=K % UNIT != 0,
-        num_warps=tiles.num_warps,
-        enable_fp_fusion=False,
     )
     if splits > 1:
         _launch_sum(parts, bias_N, out_N, N)
@@ -128,7 +123,15 @@ def launch_matrix(
     (T, N), K = out_TN.shape, x_TK.shape[1]
     assert tiles.block_t >= T, (T, tiles)
     splits, parts = _parts(out_TN, tiles.splits)
-    _matrix_kernel[(-(-N // tiles.block_n), splits)](
+    constants = {
+        **weight.constants,
+        "BLOCK_T": tiles.block_t,
+        "BLOCK_N": tiles.block_n,
+        "UNITS": tiles.block_k // UNIT,
+        "RAGGED": K % UNIT != 0,
+    }
+    _launcher("_matrix_kernel", tuple(constants.items()), tiles.num_warps, tiles.num_stages)(
+        (-(-N // tiles.block_n), splits),
         x_TK,
         *weight.tensors,
         bias_N if splits == 1 else None,
@@ -139,14 +142,6 @@ def launch_matrix(
         weight.row_stride,
         weight.num_groups,
         _per_split(K, tiles.block_k, splits),
-        **weight.constants,
-        BLOCK_T=tiles.block_t,
-        BLOCK_N=tiles.block_n,
-        UNITS=tiles.block_k // UNIT,
-        RAGGED=K % UNIT != 0,
-        num_warps=tiles.num_warps,
-        num_stages=tiles.num_stages,
-        enable_fp_fusion=False,
     )
     if splits > 1:
         _launch_sum(parts, bias_N, out_TN, N)
@@ -172,17 +167,17 @@ def _per_split(K: int, block_k: int, splits: int) -> int:
 
 
 def _launch_sum(parts: Tensor, bias_N: Tensor | None, out: Tensor, N: int) -> None:
-    size = out.numel()
-    _sum_kernel[(-(-size // SUM_BLOCK),)](
-        parts,
-        bias_N,
-        out,
-        size,
-        N,
-        SPLITS=parts.shape[0],
-        BLOCK=SUM_BLOCK,
-        num_warps=4,
-        enable_fp_fusion=False,
+    size, constants = out.numel(), {"SPLITS": parts.shape[0], "BLOCK": SUM_BLOCK}
+    _launcher("_sum_kernel", tuple(constants.items()), 4)(-(-size // SUM_BLOCK), parts, bias_N, out, size, N)
+
+
+@cache
+def _launcher(
+    kernel: str, constants: tuple[tuple[str, Any], ...], num_warps: int, num_stages: int = 3
+) -> Launcher:
+    """By the kernel's name: hashing the function itself takes longer than finding it."""
+    return Launcher(
+        globals()[kernel], dict(constants), num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=False
     )
 
 

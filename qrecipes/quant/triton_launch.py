@@ -24,24 +24,26 @@ _FAST = tuple(map(int, re.findall(r"\d+", triton.__version__)[:2])) in TRIED_VER
 
 
 class Launcher:
-    """A Triton function with fixed constants and options, launched over a one-dimensional grid.
+    """A Triton function with fixed constants and options.
 
-    `constants` are its `tl.constexpr` parameters, which come last, in their order.
+    `constants` are its `tl.constexpr` parameters, which come last.
     """
 
     def __init__(self, kernel: Any, constants: dict[str, Any], **options: Any) -> None:
         self.kernel, self.named = kernel, constants | options
-        self.constants = tuple(constants.values())
+        names = getattr(kernel, "arg_names", constants)
+        self.constants = tuple(constants[name] for name in names if name in constants)
         self._compiled: dict[tuple[object, ...], CompiledKernel] = {}
         self._binds = not (_FAST and isinstance(kernel, JITFunction))  # or the interpreter's
 
-    def __call__(self, programs: int, *arguments: Any) -> None:
+    def __call__(self, grid: int | tuple[int, int], *arguments: Any) -> None:
         """Launch on the current device and stream: tensors, tensor descriptors, numbers or None.
 
         A descriptor's blocks are those that the constants say, of the type that the kernel is for.
         """
+        width, height = grid if isinstance(grid, tuple) else (grid, 1)
         if self._binds or knobs.runtime.launch_enter_hook.calls:
-            self.kernel[(programs,)](*arguments, **self.named)
+            self.kernel[(width, height)](*arguments, **self.named)
             return
         driver = triton.runtime.driver.active
         device = driver.get_current_device()
@@ -50,11 +52,11 @@ class Launcher:
         if compiled is None:
             if len(self._compiled) >= KEPT:
                 self._compiled.clear()
-            self._compiled[key] = self.kernel[(programs,)](*arguments, **self.named)
+            self._compiled[key] = self.kernel[(width, height)](*arguments, **self.named)
             return
         compiled.run(
-            programs,
-            1,
+            width,
+            height,
             1,
             driver.get_current_stream(device),
             compiled.function,

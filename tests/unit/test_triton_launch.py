@@ -48,7 +48,7 @@ def test_equal_arguments_are_bound_once_and_then_run_with_the_constants_last(rec
     for t in tensors:
         launch(3, t, None, 7, float(t[0]))  # floats may differ
     assert len(recorder.bound) == 1
-    assert recorder.bound[0][0] == (3,)
+    assert recorder.bound[0][0] == (3, 1)
     assert recorder.bound[0][2] == {"BLOCK": 16, "WHOLE": True, "num_warps": 2}
     ((*grid, stream, function, metadata, _, enter, leave, t, none, seven, one, block, whole),) = (
         recorder.run_with
@@ -75,6 +75,16 @@ def test_whatever_triton_may_specialize_for_is_bound_anew(recorder, other):
     launch(1, *other)
     assert len(recorder.bound) == 2
     assert recorder.run_with == []
+
+
+def test_constants_come_in_the_order_of_the_signature_and_grids_may_have_two_dimensions(recorder):
+    recorder.arg_names = ["x", "FIRST", "SECOND"]
+    launch = Launcher(recorder, {"SECOND": 2, "FIRST": 1})
+    launch((4, 5), 7)
+    launch((4, 5), 7)
+    assert recorder.bound[0][0] == (4, 5)
+    assert recorder.run_with[0][:3] == (4, 5, 1)
+    assert recorder.run_with[0][-3:] == (7, 1, 2)
 
 
 def test_hooks_that_wait_for_launches_are_not_passed_over(recorder, monkeypatch):
