@@ -4,7 +4,9 @@
 
 `7b` is Llama 2 7B's shape, all 32 layers, with 4 x 1024 tokens; `tiny` shows on a CPU that the tool works.
 Weights and tokens are random; adapters have rank 64 and alpha 16 on every linear layer of the blocks. Each
-case runs without and with activation checkpointing, as a process of its own.
+case is a process of its own. Cases have suffixes: `, checkpointing` recomputes every block, `, pointwise`
+only norms and activation functions (parallel.recompute_pointwise). `INT8` cases multiply the frozen base on
+INT8 tensor cores, `bf16 scales` keep 5.5 bits a weight where others keep 6. `--list` prints every case.
 
 Our cases are built and stepped by what `qrecipes run train` calls: bfloat16 weights on the device, then the
 transform, layer by layer, then compiled blocks; loss and optimizer as the options say, gradients clipped.
@@ -48,18 +50,19 @@ SHAPES = {
     "tiny": LlamaShape(2, 128, 384, 4, 500, 2, 32),
 }
 ADAPTERS = {"7b": Adapters(64, 16.0), "tiny": Adapters(8, 16.0)}
-CHECKPOINTING = ", checkpointing"
+CHECKPOINTING, POINTWISE = ", checkpointing", ", pointwise"
+INT8 = {"base_compute": "int8"}
 Peer = Callable[..., Step]
 
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line says of every case of ours."""
+    """What holds for a case of ours beside its method."""
 
     optimizer: str
     adapter_dtype: str
     loss: str
-    compile: bool
+    parallel: ParallelSection
 
 
 @dataclass(frozen=True)
@@ -83,17 +86,28 @@ METHODS: dict[str, Ours | Theirs] = {
     "QLoRA": Ours("lora", {"base": "nf4"}),
     "QLoRA int4 g32": Ours("lora", {"base": "int4", "group_size": 32}),
     "QA-LoRA": Ours("qa_lora", {"bits": 4, "group_size": 32}),
+    "QA-LoRA bf16 scales": Ours("qa_lora", {"bits": 4, "group_size": 32, "scale_dtype": "bfloat16"}),
+    "LoRA INT8": Ours("lora", INT8),
+    "QLoRA INT8": Ours("lora", {"base": "nf4"} | INT8),
+    "QA-LoRA INT8": Ours("qa_lora", {"bits": 4, "group_size": 32} | INT8),
     "peft LoRA bf16": Theirs(peft_step, quantized=False),
     "peft QLoRA": Theirs(peft_step, quantized=True),
     "torchtune LoRA bf16": Theirs(torchtune_step, quantized=False),
     "torchtune QLoRA": Theirs(torchtune_step, quantized=True),
 }
-CASES = [name + how for name in METHODS for how in ("", CHECKPOINTING)]
+CASES = [
+    name + how
+    for name, method in METHODS.items()
+    for how in ("", *([POINTWISE] if isinstance(method, Ours) else []), CHECKPOINTING)
+]
 
 
 def main() -> int:
     """Measure every case of every shape, and print the table last."""
     args = arguments()
+    if args.list:
+        print("\n".join(args.cases))
+        return 0
     if args.worker:
         report(measure(args))
         return 0
@@ -116,6 +130,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["7b"])
     parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES, metavar="NAME")
+    parser.add_argument("--list", action="store_true", help="print the cases, and measure none")
     parser.add_argument("--layers", type=int, help="fewer layers, for a quick look")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw8bit", help="of our cases")
@@ -142,13 +157,19 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     name, case = args.shapes[0], args.cases[0]
     shape, adapters, device = SHAPES[name], ADAPTERS[name], pick_device("auto")
     shape = replace(shape, layers=args.layers or shape.layers)
-    method, checkpointing = METHODS[case.removesuffix(CHECKPOINTING)], case.endswith(CHECKPOINTING)
+    method = METHODS[case.removesuffix(CHECKPOINTING).removesuffix(POINTWISE)]
+    checkpointing = case.endswith(CHECKPOINTING)
     torch.manual_seed(0)
     settings: dict[str, Any] = {}
     if isinstance(method, Ours):
-        options = Options(args.optimizer, args.adapter_dtype, args.loss, not args.eager)
+        parallel = ParallelSection(
+            compile=not args.eager,
+            checkpointing="full" if checkpointing else "none",
+            recompute_pointwise=case.endswith(POINTWISE),
+        )
+        options = Options(args.optimizer, args.adapter_dtype, args.loss, parallel)
         settings = asdict(options)
-        step, built = our_step(shape, adapters, device, method, options, checkpointing)
+        step, built = our_step(shape, adapters, device, method, options)
     else:
         start = time.perf_counter()
         step = method.make(shape, adapters, device, quantized=method.quantized, checkpointing=checkpointing)
@@ -174,25 +195,27 @@ def our_step(
     device: torch.device,
     method: Ours,
     options: Options,
-    checkpointing: bool,
 ) -> tuple[Step, dict[str, Any]]:
     """A step of `qrecipes run train` with this method, and what building it cost."""
     start = time.perf_counter()
     model = random_model(shape, device)
     config: Any = REGISTRY[method.name].Config(
-        rank=adapters.rank, alpha=adapters.alpha, adapter_dtype=options.adapter_dtype, **method.settings
+        rank=adapters.rank,
+        alpha=adapters.alpha,
+        adapter_dtype=options.adapter_dtype,
+        emulate=device.type != "cuda",
+        **method.settings,
     )
     chain = Chain.from_configs([config])
     model = chain.swap(model)
     built = build_cost(start, device)
     process = Process(0, 1, device, None)
-    parallel = ParallelSection(compile=options.compile, checkpointing="full" if checkpointing else "none")
-    model = parallelize(model, parallel, process, chain).train()
+    model = parallelize(model, options.parallel, process, chain).train()
     section: Any = OptimSection
     optim = section(name=options.optimizer, lr=1e-4, weight_decay=0.0, clip_norm=0.3)
     optimizer = build_optimizer(chain.param_groups(model), optim)
     learnt: Any = TaskSection
-    task = Task(learnt(loss=options.loss), compile=options.compile)
+    task = Task(learnt(loss=options.loss), compile=options.parallel.compile)
     batch = random_tokens(shape.rows, shape.length, shape.vocabulary)
 
     def step() -> Tensor:

@@ -7,10 +7,12 @@ Nothing is wrapped, so names in state dicts stay those of the builder.
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+import torch._functorch.config as functorch_config
+from torch import fx, nn
+from torch._dynamo import lookup_backend
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 
@@ -28,7 +30,8 @@ def parallelize(model: nn.Module, parallel: ParallelSection, process: Process, c
     blocks = [site.block for site in block_sites(model)]
     if parallel.compile:
         for block in blocks:
-            block.forward = torch.compile(block.forward)
+            backend = recomputing_pointwise if parallel.recompute_pointwise else "inductor"
+            block.forward = torch.compile(block.forward, backend=backend)
     every = {"none": 0, "full": 1, "selective": parallel.selective_every}[parallel.checkpointing]
     if every:
         for block in blocks[::every]:
@@ -46,6 +49,13 @@ def recompute(block: nn.Module) -> None:
     autograd.Function saves.
     """
     block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
+
+
+def recomputing_pointwise(graph: fx.GraphModule, inputs: list[Any], *, backend: str = "inductor") -> Any:
+    """A backend of torch.compile, which also recomputes pointwise results that the backward pass has to
+    write to memory, because a product reads them, rather than keep them from the forward pass."""
+    with functorch_config.patch(ban_recompute_materialized_backward=False):
+        return lookup_backend(backend)(graph, inputs)
 
 
 def shard(model: nn.Module, blocks: list[nn.Module], parallel: ParallelSection, process: Process) -> None:

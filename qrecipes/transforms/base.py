@@ -162,8 +162,9 @@ class Transform(abc.ABC, Generic[C]):
     """The frozen dataclass of its TOML table."""
     sqnr_floor_db: ClassVar[float]
     """Least SQNR of a tiny model's output after `swap` against before, in dB."""
-    finalize_floor_db: ClassVar[float] = 80.0
-    """Least SQNR of the output after `finalize` against before, in float32, in dB."""
+    finalize_floor_db: float = 80.0
+    """Least SQNR of the output after `finalize` against before, in float32, in dB; a method whose
+    configuration decides it sets it when it is made."""
     parity_rtol: ClassVar[float] = 1e-3
     """Relative difference of losses allowed between one process and FSDP2, and between one batch and several
     micro-batches; a looser value states its reason."""
