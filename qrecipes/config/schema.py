@@ -22,9 +22,10 @@ def schema() -> dict[str, Any]:
     )
     definitions = _clean(document)["$defs"]
     run = definitions.pop("Run")
-    shared = definitions.pop("TransformConfig")["properties"]
+    definitions.pop("TransformConfig")
     for name in methods:
-        definitions[name] = _method_table(name, definitions[_target(refs[name, "validation"])], shared)
+        inherited = _inherited(REGISTRY[name].Config)
+        definitions[name] = _method_table(name, definitions[_target(refs[name, "validation"])], inherited)
     for name in methods:
         definitions.pop(_target(refs[name, "validation"]), None)
     run["properties"]["transform"]["items"] = {
@@ -77,10 +78,22 @@ def _required_unless_extending(run: dict[str, Any], definitions: dict[str, Any])
     }
 
 
-def _method_table(name: str, config: dict[str, Any], shared: dict[str, Any]) -> dict[str, Any]:
-    # pydantic reads the documentation of a class's own fields, not of those it inherits.
+def _inherited(config: type) -> dict[str, str]:
+    """Documentation of the keys that a class has from the classes it is derived from.
+
+    pydantic reads that of a class's own fields only.
+    """
+    found: dict[str, str] = {}
+    for base in reversed(config.__mro__[1:]):
+        if is_dataclass(base):
+            properties = _clean(TypeAdapter(base).json_schema())["properties"]
+            found |= {key: node["description"] for key, node in properties.items() if "description" in node}
+    return found
+
+
+def _method_table(name: str, config: dict[str, Any], inherited: dict[str, str]) -> dict[str, Any]:
     properties = {
-        key: {"description": shared[key]["description"], **node} if key in shared else node
+        key: {"description": inherited[key], **node} if key in inherited else node
         for key, node in config["properties"].items()
     }
     return {

@@ -35,7 +35,7 @@ EXTRA = [
     "llm::stochastic_adamw",  # in float32, where it rounds nothing and equals AdamW
     "llm::schedule_free_adamw",
     "llm::in_backward",
-    *(f"llm:{name}:rebuild" for name in ("qlora", "qa_lora")),
+    "llm:qlora:rebuild",
 ]
 
 

@@ -12,10 +12,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qrecipes import assets, load_export
+from qrecipes.config.run import ModelSection
 from qrecipes.errors import WeightsError
-from qrecipes.export.opened import open_model
+from qrecipes.export.opened import open_model, open_quantized
 from qrecipes.export.store import save_model
 from qrecipes.quant.linear import QuantLinear
+from qrecipes.transforms import QALoRAConfig
+from qrecipes.transforms.chain import Chain
 
 TOKENS = torch.arange(40).reshape(2, 20)
 WIDTH, MIDDLE = 64, 96
@@ -205,3 +208,29 @@ def test_missing_tensors_are_refused_by_name(tmp_path):
     rewrite(theirs, lambda tensors: [tensors.pop(n) for n in list(tensors) if "qweight" in n])
     with pytest.raises(WeightsError, match=r"no tensor's name ends in \.qweight"):
         open_model(f"hf:{theirs}")
+
+
+@pytest.mark.parametrize("v1", [True, False], ids=["v1", "v2"])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_group_pooled_adapters_over_a_checkpoint_start_at_it_and_merge_into_it(tmp_path, bits, v1):
+    """A run whose plain model is one folder and whose base is GPTQ's: the integers and scales stay, packed
+    zeros become offsets, and what the adapter adds is in them."""
+    theirs, plain = folders(tmp_path, bits=bits, v1=v1)
+    section = ModelSection(source=f"hf:{plain}", quantized=f"hf:{theirs}", dtype="float32")
+    base = open_model(f"hf:{theirs}").model
+    chain = Chain.from_configs([QALoRAConfig(bits=bits, group_size=16, rank=4, quantizer="gptq")])
+    model = chain.swap(open_quantized(section)).eval()
+    with torch.no_grad():
+        # -s z is rounded to float32 once
+        torch.testing.assert_close(model(TOKENS), base(TOKENS), rtol=1e-4, atol=1e-4)
+        for layer in chain.transforms[0].layers(model).values():
+            layer.lora_b.normal_(0, 0.02)
+        trained = model(TOKENS)
+        merged = chain.finalize(model)
+        found = merged(TOKENS)
+    assert (found - trained).abs().max() <= 1e-5 * trained.abs().max()  # float32, the bound of exports
+    assert (found - base(TOKENS)).abs().max() > 1e-2 * trained.abs().max()
+    for name, layer in base.named_modules():
+        if isinstance(layer, QuantLinear):
+            assert torch.equal(merged.get_submodule(name).packed, layer.packed), name
+            assert torch.equal(merged.get_submodule(name).scale, layer.scale), name
