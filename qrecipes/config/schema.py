@@ -22,8 +22,9 @@ def schema() -> dict[str, Any]:
     )
     definitions = _clean(document)["$defs"]
     run = definitions.pop("Run")
-    shared = definitions.pop("TransformConfig")["properties"]
+    definitions.pop("TransformConfig")
     for name in methods:
+        shared = _inherited(REGISTRY[name].Config)
         definitions[name] = _method_table(name, definitions[_target(refs[name, "validation"])], shared)
     for name in methods:
         definitions.pop(_target(refs[name, "validation"]), None)
@@ -51,6 +52,8 @@ def meanings(cls: type) -> dict[str, str]:
     """The keys of a section's or method's table, each with its choices or the first sentence of its
     documentation."""
     properties = TypeAdapter(cls).json_schema()["properties"]
+    inherited = _inherited(cls)
+    properties = {key: inherited.get(key, {}) | node for key, node in properties.items()}
     return {
         key: f"one of {', '.join(map(str, node['enum']))}"
         if "enum" in node
@@ -77,8 +80,18 @@ def _required_unless_extending(run: dict[str, Any], definitions: dict[str, Any])
     }
 
 
+def _inherited(cls: type) -> dict[str, Any]:
+    """The schema of every field that `cls` inherits, as its own class describes it: pydantic reads the
+    documentation of a class's own fields only."""
+    found: dict[str, Any] = {}
+    for base in reversed(cls.__mro__[1:]):
+        if is_dataclass(base):
+            own = TypeAdapter(base).json_schema().get("properties", {})
+            found |= {key: node for key, node in own.items() if key in vars(base).get("__annotations__", {})}
+    return _clean({"properties": found})["properties"]
+
+
 def _method_table(name: str, config: dict[str, Any], shared: dict[str, Any]) -> dict[str, Any]:
-    # pydantic reads the documentation of a class's own fields, not of those it inherits.
     properties = {
         key: {"description": shared[key]["description"], **node} if key in shared else node
         for key, node in config["properties"].items()
