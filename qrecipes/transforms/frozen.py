@@ -40,18 +40,20 @@ class AdapterConfig(TransformConfig):
     output and for the gradient of the input; both operands are rounded to 8 bits with a scale a token and a
     channel, dynamically. The adapter's own products stay in the model's type, as do their gradients, but for
     what they inherit: its inputs and the gradients that reach it come from layers in INT8. Merged and
-    exported layers compute in the model's type. It gains on wide layers, from some 1,500 x 1,500 on."""
+    exported layers compute in the model's type. It is for wide layers: quantizing a narrow one, and what it
+    reads, costs more than its products save."""
     emulate: bool = False
     """Where `base_compute` is `int8` and there are no INT8 tensor cores (CPU, GPUs before Ampere) compute the
     same numbers in plain PyTorch, slowly, rather than refuse. It changes nothing where there are."""
 
-    def check_device(self, device: torch.device) -> None:
-        """Raise ConfigError where INT8 products are wanted, not emulated, and `device` has none."""
+    def check_device(self, device: torch.device, where: str = "transform") -> None:
+        """Raise ConfigError, naming `where`, if INT8 products are wanted, not emulated, and `device` has
+        none."""
         if self.base_compute == "int8" and not (self.emulate or has_int8_tensor_cores(device)):
             raise ConfigError(
-                f"base_compute: 'int8', but the device is {device}, and INT8 products need the tensor cores "
-                "of an NVIDIA GPU of compute capability 8.0 or later; use such a device, set base_compute = "
-                '"model", or set emulate = true to compute the same numbers slowly'
+                f"{where}.base_compute: 'int8', but the device is {device}, and INT8 products need the tensor "
+                "cores of an NVIDIA GPU of compute capability 8.0 or later; use such a device, set "
+                'base_compute = "model", or set emulate = true to compute the same numbers slowly'
             )
 
 
@@ -123,8 +125,8 @@ class AdapterTransform(LinearTransform[AC]):
         raise NotImplementedError
 
     def check_device(self, device: torch.device) -> None:
-        """Raise ConfigError where INT8 products are wanted, not emulated, and `device` has none."""
-        self.config.check_device(device)
+        """Raise ConfigError if INT8 products are wanted, not emulated, and `device` has none."""
+        self.config.check_device(device, self.name)
 
     def bounds(self) -> Bounds:
         """`base_bounds`, and where the base computes in INT8 the noise of that, too."""

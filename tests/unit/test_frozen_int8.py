@@ -163,7 +163,7 @@ def test_probe_tells_that_int8_is_not_on(monkeypatch):
 def test_without_tensor_cores_it_is_refused():
     config = LoRAConfig(base_compute="int8")
     chain = Chain.from_configs([config])
-    with pytest.raises(ConfigError, match="emulate"):
+    with pytest.raises(ConfigError, match=r"lora\.base_compute: .*emulate"):
         chain.check_device(torch.device("cpu"))
     layer = chain.swap(nn.Sequential(nn.Linear(16, 16)))
     with pytest.raises(ConfigError, match="emulate"):
