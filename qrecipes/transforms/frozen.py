@@ -51,8 +51,8 @@ class AdapterConfig(TransformConfig):
         none."""
         if self.base_compute == "int8" and not (self.emulate or has_int8_tensor_cores(device)):
             raise ConfigError(
-                f"{where}.base_compute: 'int8', but the device is {device}, and INT8 products need the tensor "
-                "cores of an NVIDIA GPU of compute capability 8.0 or later; use such a device, set "
+                f"{where}.base_compute: 'int8', but the device is {device}, and INT8 products need the "
+                "tensor cores of an NVIDIA GPU of compute capability 8.0 or later; use such a device, set "
                 'base_compute = "model", or set emulate = true to compute the same numbers slowly'
             )
 
