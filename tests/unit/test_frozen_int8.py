@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import replace
 from functools import partial
 
@@ -19,7 +20,7 @@ from qrecipes.quant.frozen_int8 import frozen_int8_linear
 from qrecipes.quant.linear import QuantLinear
 from qrecipes.quant.primitives import sqnr_db
 from qrecipes.transforms.chain import Chain
-from qrecipes.transforms.frozen import AdaptedLinear
+from qrecipes.transforms.frozen import AdaptedLinear, noise_of_both
 from qrecipes.transforms.lora import LoRAConfig
 from qrecipes.transforms.qa_lora import QALoRAConfig
 
@@ -161,6 +162,11 @@ def test_probe_holds_layers_to_both_roundings(config):
     model = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 48))
     x = torch.randn(32, 64)
     Chain.from_configs([config]).swap(model, loss=lambda m: m(x).square().mean())
+
+
+def test_noise_of_two_roundings_adds_up():
+    assert noise_of_both(20.0, 20.0) == pytest.approx(20 - 10 * math.log10(2))
+    assert noise_of_both(12.0, 200.0) == pytest.approx(12.0)
 
 
 def test_probe_tells_that_int8_is_not_on(monkeypatch):
