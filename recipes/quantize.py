@@ -56,6 +56,7 @@ def main(argv: list[str]) -> int:
     began = time.monotonic()
     device = pick_device(args.device)
     if device.type == "cuda":
+        torch.cuda.init()  # nothing was allocated yet, and torch 2.11 has no statistics to reset until then
         torch.cuda.reset_peak_memory_stats(device)
     dtype = ("bfloat16" if device.type == "cuda" else "float32") if args.dtype == "auto" else args.dtype
     opened = open_model(args.model, device="cpu", dtype=dtype)

@@ -19,10 +19,9 @@ from qrecipes.config.run import Run
 from qrecipes.data import ValidationData, build_data
 from qrecipes.data.tokenizers import tokenizer_of
 from qrecipes.errors import TrainingError
-from qrecipes.export.opened import open_quantized, require_bases
+from qrecipes.export.opened import require_bases, starting_model
 from qrecipes.export.peft import load_peft
-from qrecipes.models.build import build, resolve_dtype
-from qrecipes.models.weights import load_pretrained, pretrained
+from qrecipes.models.build import resolve_dtype
 from qrecipes.parallel import process as processes
 from qrecipes.parallel.apply import parallelize
 from qrecipes.parallel.process import Process
@@ -76,18 +75,13 @@ def train(run: Run, process: Process) -> int:
 
     seed_building(run.seed)
     home = process.device if process.mesh is None else torch.device("cpu")  # sharding moves each rank's part
-    if run.model.quantized is not None:
-        model = open_quantized(run.model, device=home)
-    else:
-        model = build(run.model, dtype=resolve_dtype(run.model, process.device), device=home)
+    model = starting_model(run.model, dtype=resolve_dtype(run.model, process.device), device=home)
     low_bit = [fqn for fqn, module in named_linears(model) if isinstance(module, QuantLinear)]
     task = Task(run.task)
     largest = [source.max_token() for source in (data, held_out) if source is not None]
     vocabulary = tokenizer.vocab_size if tokenizer is not None else None
     longest = max((n for n in largest if n is not None), default=None)
     task.check_fits(model, vocabulary, longest, run.data.sequence_length)
-    if pretrained(run.model) is not None and run.model.quantized is None:
-        load_pretrained(model, run.model)
     start = data.state_dict()
     probe_batch = data.next_batch().head(1, PROBE_TOKENS).all_targets().to(home)
     data.load_state_dict(start)

@@ -3,10 +3,15 @@ order."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
+import tomli_w
 import torch
 from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.optim import Optimizer
 
 from qrecipes.cli.main import main
@@ -132,6 +137,41 @@ class Trial:
         return found
 
 
+def write_run(
+    folder: Path, model: dict[str, object], *transforms: dict[str, object], **settings: object
+) -> Path:
+    """The TOML of a short run on a text beside it, that starts from the `model` section given; its path.
+
+    `settings` are the run's own, and `section__field` those of its sections, in place of what is here.
+    """
+    text = folder / "text.txt"
+    text.write_text("Once upon a time there was a tiny run. " * 60, encoding="utf-8")
+    run: dict[str, Any] = {
+        "steps": 2,
+        "output": str(folder / "run"),
+        "device": "cpu",
+        "model": model,
+        "data": {
+            "source": "text",
+            "files": [str(text)],
+            "validation_fraction": 0.2,
+            "sequence_length": 32,
+            "batch_size": 2,
+        },
+        "log": {"progress": False},
+        "transform": list(transforms),
+    }
+    for key, value in settings.items():
+        section, _, field = key.partition("__")
+        if field:
+            run.setdefault(section, {})[field] = value
+        else:
+            run[section] = value
+    path = folder / "run.toml"
+    path.write_text(tomli_w.dumps(run), encoding="utf-8")
+    return path
+
+
 def peek(data: TrainingData) -> Batch:
     """The next batch, which stays the next."""
     state = data.state_dict()
@@ -161,6 +201,21 @@ def command_line(*arguments: str) -> int:
         return main(list(arguments))
     except SystemExit as request:
         return request.code or 0
+
+
+def saved_for_backward(call: Callable[..., torch.Tensor], x: torch.Tensor) -> list[torch.Tensor]:
+    """Every tensor that `call(x)` keeps for its backward pass, which is then run."""
+    kept: list[torch.Tensor] = []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = call(x)
+    y.sum().backward()
+    assert kept
+    return kept
 
 
 def products(layer: nn.Module, x: torch.Tensor, grad_y: torch.Tensor) -> dict[str, torch.Tensor]:

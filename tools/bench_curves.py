@@ -28,7 +28,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any, ClassVar, Literal, NoReturn
+from typing import Any, ClassVar, Literal, NoReturn, TypeVar
 
 import torch
 from bench_run import shown, train_command
@@ -41,6 +41,8 @@ from qrecipes.config.problems import explain
 from qrecipes.config.run import STRICT, NonNegativeFloat, NonNegativeInt
 from qrecipes.config.schema import meanings
 from qrecipes.errors import ConfigError
+
+J = TypeVar("J")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,17 +174,17 @@ def list_jobs(plan: Plan, overrides: Sequence[str] = ()) -> list[Job]:
 
 
 def run_all(
-    jobs: Sequence[Job],
+    jobs: Sequence[J],
     devices: Sequence[str | None],
     per_device: int,
-    run: Callable[[Job, str | None], dict[str, Any]],
-) -> Iterator[tuple[Job, dict[str, Any]]]:
+    run: Callable[[J, str | None], dict[str, Any]],
+) -> Iterator[tuple[J, dict[str, Any]]]:
     """Each job and what `run` made of it, as they end; at most `per_device` at a time on each device."""
     free: SimpleQueue[str | None] = SimpleQueue()
     for device in [device for _ in range(per_device) for device in devices]:
         free.put(device)
 
-    def on_a_free_device(job: Job) -> dict[str, Any]:
+    def on_a_free_device(job: J) -> dict[str, Any]:
         device = free.get()
         try:
             return run(job, device)
@@ -205,8 +207,12 @@ def run_job(
     environment: Mapping[str, str],
     timeout: float,
     metric: str,
+    after: Callable[[Path], dict[str, Any]] = lambda folder: {},
 ) -> dict[str, Any]:
-    """Train, and read what the run's folder tells, which is then removed: a checkpoint is in it."""
+    """Train, and read what the run's folder tells, which is then removed: a checkpoint is in it.
+
+    What `after` finds in the folder before that, an OSError or a ValueError included, joins the result.
+    """
     own = Path(tempfile.mkdtemp(dir=folder))
     result: dict[str, Any] = {"case": job.case, "seed": job.seed, "command": job.command}
     start = time.monotonic()
@@ -219,7 +225,7 @@ def run_job(
         if not values(result, metric):
             known = ", ".join(result["curve"][-1])
             return result | {"failed": f"it measured no {metric!r}; set the plan's metric to one of {known}"}
-        return result
+        return result | after(own / "run")
     except (OSError, ValueError, KeyError) as error:
         return result | {"failed": f"{type(error).__name__}: {error}"}
     finally:

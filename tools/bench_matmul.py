@@ -1,23 +1,28 @@
 """The three products of a linear layer in INT8, against bf16, torch._int_mm and torch's float8, in one run.
 
-    tools/bench_matmul.py [--shapes MxNxK ...] [--output FILE.json]
+    tools/bench_matmul.py [--shapes MxNxK ...] [--tiles] [--output FILE.json]
 
-M tokens, N output features, K input features. Operands are quantized beforehand and lie as each library wants
-them; what is timed is the product with its scaling. `A B^T` is the layer's output, `A B` the gradient of its
-input, `A^T B` that of its weight; the last two are given as they come (strided) and, for ours, also copied so
-that both operands are contiguous along the sum, as `int8_mixed_precision` quantizes them. Random data,
-medians; on a GPU a burst of calls is captured in a CUDA graph, so that no product waits for its launch, and
-cases take turns, so that a clock that falls as the device warms up falls for all.
+M tokens, N output features, K input features. Operands are normal numbers, the same for all, quantized
+beforehand, and lie as each library wants them; what is timed is the product with its scaling. `A B^T` is the
+layer's output, `A B` the gradient of its input, `A^T B` that of its weight; the last two are given as they
+come (strided) and, for ours, also copied so that both operands are contiguous along the sum, as
+`int8_mixed_precision` quantizes them. Medians; on a GPU a burst of calls is captured in a CUDA graph, so that
+no product waits for its launch, and cases take turns, so that a clock that falls as the device warms up falls
+for all. With --tiles our product is timed with each of the tiles that the rule chooses among, and the rule's
+choice.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import astuple
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +30,9 @@ import torch
 from torch import Tensor
 
 from qrecipes.parallel.process import Process, pick_device
-from qrecipes.quant.int8_matmul import scaled_int8_mm
+from qrecipes.quant.int8_matmul import scaled_int8_mm, scaled_int8_mm_triton
+from qrecipes.quant.int8_quantize import quantize_rows
+from qrecipes.quant.int8_tiles import TMA_TILES
 from qrecipes.training.metrics import environment
 
 SHAPES = (
@@ -36,9 +43,13 @@ SHAPES = (
     (8192, 4096, 4096),
     (8192, 1024, 4096),
     (16384, 2048, 2048),
+    (16384, 8192, 2048),
     (16448, 1408, 1408),
+    (16448, 4224, 1408),
+    (16448, 8192, 1408),
+    (16448, 1408, 4096),
 )
-"""Cubes, Llama 3 8B's layers at 8192 tokens, a 1B layer, and ViT-g at 64 images of 257 tokens."""
+"""Cubes, Llama 3 8B's layers at 8192 tokens, 1B layers at 16,384, and ViT-g's at 64 images of 257 tokens."""
 BURST = 5
 """Calls in a graph, between two readings of a GPU's clock."""
 Case = Callable[[], Tensor]
@@ -51,17 +62,18 @@ def main() -> int:
         "--shapes", nargs="+", metavar="MxNxK", help="default: the reference's and Llama 8B's"
     )
     parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--tiles", action="store_true", help="each of our tiles, on a GPU with TMA")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     given = [tuple(map(int, text.split("x"))) for text in args.shapes or []]
     device = pick_device("auto")
     results = []
     for M, N, K in given or SHAPES:
-        for product, cases in products(M, N, K, device).items():
+        for product, cases in products(M, N, K, device, args.tiles).items():
             rates = measure(cases, 2 * M * N * K, args.repeats, device)
             results.append({"M": M, "N": N, "K": K, "product": product, "tera_per_s": rates})
     found = {
-        "command": " ".join(["tools/bench_matmul.py", *(["--shapes", *args.shapes] if args.shapes else [])]),
+        "command": " ".join(["tools/bench_matmul.py", *sys.argv[1:]]),
         "results": results,
         "environment": {k: v for k, v in environment(Process(0, 1, device, None)).items() if k != "command"},
     }
@@ -71,15 +83,37 @@ def main() -> int:
     return 0
 
 
-def products(M: int, N: int, K: int, device: torch.device) -> dict[str, dict[str, Case]]:
+def products(M: int, N: int, K: int, device: torch.device, tiles: bool = False) -> dict[str, dict[str, Case]]:
     """The cases of each of a linear layer's products, [T=M, N], [M, K] and [N, K]."""
     x, w, dy = (torch.randn(shape, device=device).bfloat16() for shape in ((M, K), (N, K), (M, N)))
-    xq, wq, dyq = (torch.randint(-127, 128, t.shape, dtype=torch.int8, device=device) for t in (x, w, dy))
+    xq, wq, dyq = (quantize_rows(t)[0] for t in (x, w, dy))
+    make = tile_cases if tiles else cases
     return {
-        "A B^T": cases(x, w.t(), xq, wq.t()),
-        "A B": cases(dy, w, dyq, wq),
-        "A^T B": cases(dy.t(), x, dyq.t(), xq),
+        "A B^T": make(x, w.t(), xq, wq.t()),
+        "A B": make(dy, w, dyq, wq),
+        "A^T B": make(dy.t(), x, dyq.t(), xq),
     }
+
+
+def tile_cases(a: Tensor, b: Tensor, aq: Tensor, bq: Tensor) -> dict[str, Case]:
+    """Our product of operands that TMA reads, with each of its tiles and with those of the rule."""
+    row = torch.rand(a.shape[0], 1, device=a.device)
+    col = torch.rand(1, b.shape[1], device=a.device)
+    (rows_a, _), (rows_b, _) = quantize_rows(a.contiguous()), quantize_rows(b.t().contiguous())
+    found: dict[str, Case] = {"bf16": lambda: a @ b}
+    for tiles in (None, *TMA_TILES):
+        name = "the rule's" if tiles is None else "x".join(map(str, astuple(tiles)))
+        found[name] = partial(
+            scaled_int8_mm_triton,
+            rows_a,
+            rows_b.t(),
+            row,
+            col,
+            out_dtype=torch.bfloat16,
+            tiles=tiles,
+            tma=True,
+        )
+    return found
 
 
 def cases(a: Tensor, b: Tensor, aq: Tensor, bq: Tensor) -> dict[str, Case]:
@@ -166,7 +200,11 @@ def table(results: list[dict[str, Any]]) -> str:
         cells = [f"{line:22}{r['product']:>8}"]
         for name in names:
             value = rates.get(name)
-            cells.append(f"{'-':>20}" if value is None else f"{value:12,.1f} ({value / rates['bf16']:4.2f})")
+            cells.append(
+                f"{'-':>20}"
+                if value is None
+                else f"{value:12,.1f} ({value / (rates['bf16'] or math.nan):4.2f})"
+            )
         lines.append("".join(cells))
     return "\n".join(lines)
 

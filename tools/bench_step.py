@@ -8,7 +8,8 @@ Weights are random and bfloat16, blocks compiled one by one, AdamW fused; a step
 update, and the last layer is left alone in every case. Each case is a process of its own, since a graph keeps
 its memory.
 
-Medians of the steps after the warm-up. Peak memory is the CUDA allocator's, of these steps. `graphs` counts
+Medians of the steps after the warm-up. Peak memory is the CUDA allocator's, of these steps. `host` is the
+time until all of a step's work is queued: near the step's own, the GPU waits for Python. `graphs` counts
 those that Dynamo compiled after the third step: recompilations. With --profile the kernels of one more step
 are listed, and how long the GPU had nothing to do.
 """
@@ -224,7 +225,8 @@ def random_batch(size: tuple[int, ...], device: torch.device) -> Batch:
 
 def table(results: list[dict[str, Any]]) -> str:
     """Times, in brackets how many times as fast as bf16, and memory."""
-    lines = [f"{'shape':6}{'case':38}{'step ms':>9}{'per s':>12}{'x bf16':>8}{'peak GB':>9}{'graphs':>8}"]
+    names = ("step ms", 9), ("host", 8), ("per s", 12), ("x bf16", 8), ("peak GB", 9), ("graphs", 8)
+    lines = [f"{'shape':6}{'case':38}" + "".join(f"{name:>{width}}" for name, width in names)]
     base = {r["shape"]: r["step_ms"] for r in results if r["case"] == "bf16" and "step_ms" in r}
     for r in results:
         if "failed" in r:
@@ -233,7 +235,7 @@ def table(results: list[dict[str, Any]]) -> str:
         ratio = base.get(r["shape"], float("nan")) / r["step_ms"]
         memory = r["peak_memory_gb"] or float("nan")
         lines.append(
-            f"{r['shape']:6}{r['case']:38}{r['step_ms']:9.2f}{r['per_s']:12,.0f}{ratio:8.3f}"
+            f"{r['shape']:6}{r['case']:38}{r['step_ms']:9.2f}{r['host_ms']:8.1f}{r['per_s']:12,.0f}{ratio:8.3f}"
             f"{memory:9.2f}{r['graphs_after_step_3']:8}"
         )
     return "\n".join(lines)

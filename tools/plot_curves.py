@@ -3,8 +3,9 @@
     tools/plot_curves.py CURVES.json [--output CURVES.svg] [--from-step STEP] [--cases TITLE ...]
 
 Above, the metric of every case: its mean over the seeds, and a band from the least to the largest. Below, the
-difference from the baseline's run of the same seed in percent, likewise; dotted lines are the goals. The same
-JSON gives the same bytes.
+difference from the baseline's run of the same seed in percent, likewise; dotted lines are the goals. A case
+that was measured once is a point, and one that was measured before training only, a dashed line. Of a JSON
+with several `tables`, such as tools/bench_merge.py's, each has a column. The same JSON gives the same bytes.
 """
 
 from __future__ import annotations
@@ -61,13 +62,27 @@ def main(argv: list[str]) -> int:
 def draw(
     document: Mapping[str, Any], output: Path, from_step: int = 1, only: Sequence[str] | None = None
 ) -> None:
-    """Write the picture of a JSON of tools/bench_curves.py.
+    """Write the picture of a JSON of tools/bench_curves.py, or of one with several such `tables`.
 
     Raises:
         ConfigError: if there is no such case, or none with a run to draw.
     """
     from matplotlib.figure import Figure
 
+    tables = document.get("tables") or [document]
+    _check_titles(tables, only)
+    with mpl.rc_context({**mpl.rcParamsDefault, **STYLE, "backend": "svg"}):
+        figure = Figure(figsize=(7.5 * len(tables), 7.5), layout="constrained")
+        axes = figure.subplots(2, len(tables), sharex="col", squeeze=False)
+        for column, found in enumerate(tables):
+            _draw_table(found, axes[0, column], axes[1, column], from_step, only)
+        # without the date, and without the version of who drew it, the same data gives the same file
+        figure.savefig(output, format="svg", metadata={"Date": None, "Creator": None})
+
+
+def _draw_table(
+    document: Mapping[str, Any], above: Any, below: Any, from_step: int, only: Sequence[str] | None
+) -> None:
     plan = document["plan"]
     cases = _chosen(plan, only)
     bands = {
@@ -77,29 +92,25 @@ def draw(
         raise ConfigError(f"{plan['baseline']}: no run to draw, every one failed; see their `failed`")
     base = of_case(document["runs"], plan["baseline"])
     colours = dict(zip(bands, COLOURS * len(bands), strict=False))
-    with mpl.rc_context({**mpl.rcParamsDefault, **STYLE, "backend": "svg"}):
-        figure = Figure(figsize=(7.5, 7.5), layout="constrained")
-        above, below = figure.subplots(2, 1, sharex=True)
-        for case in cases:
-            title, colour = case["title"], colours[case["title"]]
-            _band(above, bands[title], from_step, colour, title)
-            if title == plan["baseline"]:
-                below.axhline(0, color=colour, linewidth=1)
-                continue
-            own = of_case(document["runs"], title)
-            _band(below, relative(own, base, plan["metric"]), from_step, colour, None)
-            if case.get("goal_percent") is not None:
-                worse = 1 if plan["better"] == "lower" else -1
-                below.axhline(worse * case["goal_percent"], color=colour, linewidth=1, linestyle=":")
-        above.set_ylabel(plan["metric"])
-        below.set_ylabel(f"% of {plan['baseline']}, same seed")
-        below.set_xlabel("step")
-        seeds = len(plan["seeds"])
-        device = (document["environment"] or {}).get("device", "")
-        above.set_title(f"{plan['config']}, {seeds} seed{'s' * (seeds != 1)}, {device}", fontsize=9)
-        above.legend(frameon=False)
-        # without the date, and without the version of who drew it, the same data gives the same file
-        figure.savefig(output, format="svg", metadata={"Date": None, "Creator": None})
+    for case in cases:
+        title, colour = case["title"], colours[case["title"]]
+        _band(above, bands[title], from_step, colour, title)
+        if title == plan["baseline"]:
+            below.axhline(0, color=colour, linewidth=1)
+            continue
+        own = of_case(document["runs"], title)
+        _band(below, relative(own, base, plan["metric"]), from_step, colour, None)
+        if case.get("goal_percent") is not None:
+            worse = 1 if plan["better"] == "lower" else -1
+            below.axhline(worse * case["goal_percent"], color=colour, linewidth=1, linestyle=":")
+    above.set_ylabel(plan["metric"])
+    below.set_ylabel(f"% of {plan['baseline']}, same seed")
+    below.set_xlabel("step")
+    seeds = len(plan["seeds"])
+    device = (document["environment"] or {}).get("device", "")
+    above.set_title(f"{plan['config']}, {seeds} seed{'s' * (seeds != 1)}, {device}", fontsize=9)
+    beside = {"loc": "upper left", "bbox_to_anchor": (1, 1)} if len(cases) > len(COLOURS) else {}
+    above.legend(frameon=False, **beside)
 
 
 def absolute(runs: Sequence[Run], metric: str) -> Band:
@@ -127,22 +138,34 @@ def _gathered(curves: Any) -> Band:
 
 def _band(axes: Any, band: Band, from_step: int, colour: str, label: str | None) -> None:
     """A line through the means, and a band from the least to the largest."""
+    if list(band) == [0]:  # not trained
+        axes.axhline(fmean(band[0]), color=colour, linewidth=1.2, linestyle="--", label=label)
+        return
     shown = {step: found for step, found in band.items() if step >= from_step}
     if not shown:
         return
     steps = list(shown)
+    if len(steps) == 1:
+        found = shown[steps[0]]
+        mean = fmean(found)
+        ends = [[mean - min(found)], [max(found) - mean]]
+        axes.errorbar(steps, [mean], ends, color=colour, fmt="o", markersize=4, capsize=4, label=label)
+        return
     axes.plot(steps, [fmean(found) for found in shown.values()], color=colour, linewidth=1.4, label=label)
     least, largest = ([pick(found) for found in shown.values()] for pick in (min, max))
     axes.fill_between(steps, least, largest, color=colour, alpha=0.15, linewidth=0)
 
 
-def _chosen(plan: Mapping[str, Any], only: Sequence[str] | None) -> list[Mapping[str, Any]]:
-    """The cases to draw, the baseline first."""
-    titles = [case["title"] for case in plan["case"]]
+def _check_titles(tables: Sequence[Mapping[str, Any]], only: Sequence[str] | None) -> None:
+    titles = list(dict.fromkeys(case["title"] for found in tables for case in found["plan"]["case"]))
     for title in only or ():
         if title not in titles:
             raise ConfigError(f"--cases: {title!r} is no case; write some of {', '.join(map(repr, titles))}")
-    wanted = {plan["baseline"], *(only or titles)}
+
+
+def _chosen(plan: Mapping[str, Any], only: Sequence[str] | None) -> list[Mapping[str, Any]]:
+    """The cases to draw, the baseline first."""
+    wanted = {plan["baseline"], *(only or (case["title"] for case in plan["case"]))}
     chosen = [case for case in plan["case"] if case["title"] in wanted]
     return sorted(chosen, key=lambda case: case["title"] != plan["baseline"])
 

@@ -49,13 +49,14 @@ def timed_steps(
 ) -> dict[str, Any]:
     """Medians of `steps` steps after the warm-up; `units` are the tokens or images of one.
 
+    `host_ms` is the time until all of a step's work is queued.
     `memory_before_gb` is allocated before the first step, `peak_memory_gb` the allocator's peak in the
     measured ones; both in 10**9 bytes. `graphs` counts what Dynamo compiled, and `graphs_after_step_3` what
     it compiled again.
     """
     gc.collect()
     before = gigabytes(torch.cuda.memory_allocated) if device.type == "cuda" else None
-    times, losses, graphs = [], [], 0
+    times, host_times, losses, graphs = [], [], [], 0
     for i in range(WARMUP + steps):
         if i == WARMUP and device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
@@ -63,7 +64,8 @@ def timed_steps(
             graphs = compiled_graphs()
         start = time.perf_counter()
         loss = step()
-        losses.append(loss.item())  # waits for the device, but for the update
+        host_times.append(time.perf_counter() - start)
+        losses.append(loss.item())
         if device.type == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
@@ -74,6 +76,7 @@ def timed_steps(
         print_profile(step)
     return {
         "step_ms": round(1e3 * seconds, 2),
+        "host_ms": round(1e3 * statistics.median(host_times[WARMUP:] or host_times), 2),
         "per_s": round(units / seconds, 1),
         "memory_before_gb": before,
         "peak_memory_gb": peak,
@@ -103,8 +106,7 @@ def compiled_graphs() -> int:
 
 def print_profile(step: Step) -> None:
     """Kernels of one step by time, and the time in which none ran."""
-    activities = [torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities) as found:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:
         step()
         torch.cuda.synchronize()
     kernels = [e for e in found.events() if e.device_type == torch.autograd.DeviceType.CUDA]

@@ -393,6 +393,11 @@ class CheckpointSection:
     """Optimizer steps between checkpoints; 0 saves at the end only."""
     keep: PositiveInt = 2
     """Newest checkpoints that are kept."""
+    frozen: Literal["once", "rebuild"] = "once"
+    """Where parameters are that a run cannot change, such as the base under adapters. `once`: in a file
+    beside the checkpoints, one for all of them. `rebuild`: nowhere, since the run's model, seed and
+    transforms give them again on the same kind of device; resuming and exporting compare what they give with
+    fingerprints, and stop where a bit differs."""
     resume: str = "auto"
     """`auto` goes on from the newest checkpoint in `output` if there is one, `never` demands that there is
     none, and anything else is the path of a checkpoint."""

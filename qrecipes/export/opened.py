@@ -17,7 +17,7 @@ from qrecipes.export.store import MANIFEST, Origin, load_export_and_origin, load
 from qrecipes.models.build import build, resolve_dtype
 from qrecipes.models.gptq_checkpoint import is_gptq, load_gptq
 from qrecipes.models.sources import resolve
-from qrecipes.models.weights import load_pretrained
+from qrecipes.models.weights import load_pretrained, pretrained
 from qrecipes.quant.linear import QuantLinear
 from qrecipes.training.output import RUN_FILE
 
@@ -112,6 +112,23 @@ def open_model(name: str, *, device: str | torch.device = "cpu", dtype: str = "a
         f"{name}: is neither a run nor an export; give the folder of one, or hf:FOLDER for a model of "
         "Hugging Face"
     )
+
+
+def starting_model(
+    section: ModelSection, *, dtype: torch.dtype, device: str | torch.device = "cpu"
+) -> nn.Module:
+    """The model that a run starts from, before its transforms, in training mode; random weights are drawn
+    from torch's global state. `dtype` is not for a model that is low-bit already.
+
+    Raises:
+        ConfigError, WeightsError: as `build`, `load_pretrained` and `open_quantized`.
+    """
+    if section.quantized is not None:
+        return open_quantized(section, device=device)
+    model = build(section, dtype=dtype, device=device)
+    if pretrained(section) is not None:
+        load_pretrained(model, section)
+    return model
 
 
 def open_quantized(section: ModelSection, *, device: str | torch.device = "cpu") -> nn.Module:

@@ -2,6 +2,11 @@
 
 Tensors carry the names of Hugging Face's layers and are in its order of rows: where torchtune rotates queries
 and keys in another order, rows of B and magnitudes change places as those of the weight do.
+
+Where Hugging Face stacks layers by rows in one, as Phi-3 does queries, keys and values, their adapters are
+one there: with A_i [R, K] and B_i [N_i, R] of each, A = [A_1; A_2; ...] and B = diag(B_1, B_2, ...), of rank
+R times their number, which `rank_pattern` tells. An adapter that peft trained on such a layer has one A for
+all of them, and each of ours starts from it with its rows of B.
 """
 
 from __future__ import annotations
@@ -41,8 +46,6 @@ _PLAIN = {
     "fan_in_fan_out": False,
     "lora_bias": False,
     "modules_to_save": None,
-    "rank_pattern": {},
-    "alpha_pattern": {},
     "layer_replication": None,
     "trainable_token_indices": None,
     "use_qalora": False,
@@ -74,8 +77,11 @@ def save_peft(model: nn.Module, chain: Chain, run: Run, destination: Path) -> Pa
             f"{destination}: the run has no low-rank adapters ({methods}), and peft reads nothing else; "
             "leave --peft out"
         )
+    _require_one_kind(adapters)
     places = huggingface_places(adapters, config)
-    tensors = _to_peft(adapters, places)
+    rows = {layer: _rows(model, layer) for place in places.values() for layer in place.stack}
+    stacked = _stacked(adapters, places, rows)
+    tensors = _to_peft(stacked)
     try:
         shutil.rmtree(destination, ignore_errors=True)
         destination.mkdir(parents=True)
@@ -85,7 +91,7 @@ def save_peft(model: nn.Module, chain: Chain, run: Run, destination: Path) -> Pa
             save_huggingface(model, folder, destination / BASE, args=run.model.args)
             base = str((destination / BASE).resolve())
         save_file(tensors, destination / TENSORS, metadata={"format": "pt"})
-        described = _describe(adapters, places, base)
+        described = _describe(next(iter(adapters.values())), stacked, base)
         (destination / CONFIG).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
         shutil.copymode(destination / CONFIG, destination / TENSORS)
     except (OSError, SafetensorError) as error:
@@ -112,64 +118,149 @@ def load_peft(folder: Path, model: nn.Module, chain: Chain, section: ModelSectio
     _check_base(folder, described, section)
     layers = [fqn for transform in chain.transforms for fqn in transform.layers(model)]
     places = huggingface_places(layers, config)
-    ours = {place.name: fqn for fqn, place in places.items()}
+    members: dict[str, list[str]] = {}
+    for fqn, place in places.items():
+        members.setdefault(place.name, []).append(fqn)
     groups = _grouped(folder, tensors)
-    unknown = [name for name in groups if name not in ours]
+    unknown = [name for name in groups if name not in members]
     if unknown:
         raise WeightsError(
             f"{folder}: adapts {len(unknown)} layers that this run's model has not, or does not adapt: "
             f"{some(unknown)}; it was made for another model, or the transform's targets leave them out"
         )
-    scaling = _scaling(folder, described)
     adapters = {}
     for name, parts in groups.items():
-        place = places[ours[name]]
-        rows = model.get_submodule(ours[name]).out_features
-        for part in ("b", "magnitude"):
-            if part in parts and len(parts[part]) != rows:
-                raise WeightsError(
-                    f"{folder}: {name}.{part}: has {len(parts[part])} rows, and the model's layer gives "
-                    f"{rows} outputs; the adapter was made for another model"
-                )
-        magnitude = place.to_ours(parts["magnitude"]) if "magnitude" in parts else None
-        adapters[ours[name]] = Adapter(parts["a"], place.to_ours(parts["b"]), scaling, magnitude)
+        rank, scaling = _rank_and_scaling(folder, described, name)
+        if len(parts["a"]) != rank:
+            raise WeightsError(
+                f"{folder}: {name}.a: has {len(parts['a'])} rows, and {CONFIG} says rank {rank}; the two "
+                "files belong to two adapters"
+            )
+        given = Adapter(parts["a"], parts["b"], scaling, parts.get("magnitude"))
+        rows = {layer: _rows(model, layer) for layer in places[members[name][0]].stack}
+        single = int(described["r"])
+        for fqn, adapter in _unstacked(f"{folder}: {name}", given, rows, members[name], single).items():
+            to_ours = places[fqn].to_ours
+            magnitude = None if adapter.magnitude is None else to_ours(adapter.magnitude)
+            adapters[fqn] = adapter._replace(b=to_ours(adapter.b), magnitude=magnitude)
     chain.load_adapters(model, adapters)
 
 
-def _to_peft(adapters: dict[str, Adapter], places: dict[str, Place]) -> dict[str, Tensor]:
+def _rows(model: nn.Module, layer: str) -> int:
+    """Outputs of a linear layer."""
+    return model.get_submodule(layer).out_features  # type: ignore[return-value]
+
+
+def _stacked(
+    adapters: dict[str, Adapter], places: dict[str, Place], rows: dict[str, int]
+) -> dict[str, Adapter]:
+    """Adapters by the names of Hugging Face's layers, in its order of rows; those of layers that it stacks as
+    one.
+
+    Raises:
+        ExportError: if one of stacked layers has magnitudes, and another no adapter.
+    """
+    found = {}
+    for name, stack in {place.name: place.stack for place in places.values()}.items():
+        given = [adapters[layer] for layer in stack if layer in adapters]
+        left = [layer for layer in stack if layer not in adapters]
+        if given[0].magnitude is not None and left:
+            raise ExportError(
+                f"peft: {name} is {', '.join(stack)} in one, of which {', '.join(left)} has no adapter, and "
+                "DoRA's magnitudes are of whole layers; adapt all of them, or leave --peft out"
+            )
+        parts, magnitudes = [], []
+        for layer in stack:
+            if layer in left:
+                parts.append(given[0].b.new_zeros(rows[layer], 0))
+                continue
+            adapter, to_huggingface = adapters[layer], places[layer].to_huggingface
+            parts.append(to_huggingface(adapter.b))
+            if adapter.magnitude is not None:
+                magnitudes.append(to_huggingface(adapter.magnitude))
+        found[name] = Adapter(
+            torch.cat([adapter.a for adapter in given]),
+            torch.block_diag(*parts),
+            given[0].scaling,
+            torch.cat(magnitudes) if magnitudes else None,
+        )
+    return found
+
+
+def _unstacked(
+    where: str, given: Adapter, rows: dict[str, int], adapted: list[str], single: int
+) -> dict[str, Adapter]:
+    """The inverse, still in Hugging Face's order of rows, by our names of the `adapted` layers among those in
+    `rows`. `single` is the rank of an adapter of one layer.
+
+    Raises:
+        WeightsError: if the rows are not the layers', or some that count are of a layer without an adapter.
+    """
+    if len(given.b) != sum(rows.values()):
+        raise WeightsError(
+            f"{where}.b: has {len(given.b)} rows, and the model's layer gives {sum(rows.values())} outputs; "
+            "the adapter was made for another model"
+        )
+    sizes = list(rows.values())
+    b = dict(zip(rows, given.b.split(sizes), strict=True))
+    left = [
+        layer for layer in rows if layer not in adapted and (given.magnitude is not None or b[layer].any())
+    ]
+    if left:
+        raise WeightsError(
+            f"{where}: also adapts {', '.join(left)}, which the transform's targets leave out; widen them"
+        )
+    blocks = {layer: slice(i * single, (i + 1) * single) for i, layer in enumerate(adapted)}
+    apart = len(given.a) == single * len(adapted) and all(
+        b[layer].count_nonzero() == b[layer][:, block].count_nonzero() for layer, block in blocks.items()
+    )
+    if not apart:
+        blocks = dict.fromkeys(adapted, slice(None))
+    magnitudes: dict[str, Tensor | None] = dict.fromkeys(rows)
+    if given.magnitude is not None:
+        magnitudes |= zip(rows, given.magnitude.split(sizes), strict=True)
+    return {
+        layer: Adapter(given.a[block], b[layer][:, block], given.scaling, magnitudes[layer])
+        for layer, block in blocks.items()
+    }
+
+
+def _to_peft(stacked: dict[str, Adapter]) -> dict[str, Tensor]:
     tensors = {}
-    for fqn, adapter in adapters.items():
-        place = places[fqn]
-        prefix = f"{_PREFIX}{place.name}"
+    for name, adapter in stacked.items():
+        prefix = f"{_PREFIX}{name}"
         tensors[f"{prefix}.lora_A.weight"] = adapter.a
-        tensors[f"{prefix}.lora_B.weight"] = place.to_huggingface(adapter.b)
+        tensors[f"{prefix}.lora_B.weight"] = adapter.b
         if adapter.magnitude is not None:
-            tensors[f"{prefix}.lora_magnitude_vector"] = place.to_huggingface(adapter.magnitude)
+            tensors[f"{prefix}.lora_magnitude_vector"] = adapter.magnitude
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
-def _describe(adapters: dict[str, Adapter], places: dict[str, Place], base: str) -> dict[str, Any]:
-    """The content of adapter_config.json.
-
-    Raises:
-        ExportError: if adapters differ in rank, scaling or kind, of which the file has one.
-    """
+def _require_one_kind(adapters: dict[str, Adapter]) -> None:
+    """Raise ExportError if adapters differ in rank, scaling or kind."""
     kinds = {(a.a.shape[0], a.scaling, a.magnitude is not None) for a in adapters.values()}
     if len(kinds) > 1:
         raise ExportError(
             f"peft: the adapters are of {len(kinds)} kinds (rank, scaling, DoRA): {sorted(kinds)}; give all "
             "transforms one rank, alpha and kind, or leave --peft out"
         )
-    ((rank, scaling, use_dora),) = kinds
+
+
+def _describe(one: Adapter, stacked: dict[str, Adapter], base: str) -> dict[str, Any]:
+    """The content of adapter_config.json, where `one` is any adapter of a single layer."""
+    rank = len(one.a)
+    ranks = {name: len(adapter.a) for name, adapter in stacked.items() if len(adapter.a) != rank}
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
         "r": rank,
-        "lora_alpha": scaling * rank,  # of rsLoRA, too: the product is what counts
+        "lora_alpha": one.scaling * rank,  # of rsLoRA, too: the product is what counts
+        "rank_pattern": ranks,
+        "alpha_pattern": {name: one.scaling * number for name, number in ranks.items()},
         "use_rslora": False,
-        "use_dora": use_dora,
-        "target_modules": sorted(places[fqn].name for fqn in adapters),
+        "use_dora": one.magnitude is not None,
+        "target_modules": sorted(stacked),
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": False,
@@ -236,11 +327,18 @@ def _grouped(folder: Path, tensors: dict[str, Tensor]) -> dict[str, dict[str, Te
     return groups
 
 
-def _scaling(folder: Path, described: dict[str, Any]) -> float:
+def _rank_and_scaling(folder: Path, described: dict[str, Any], layer: str) -> tuple[int, float]:
+    """Those of the adapter of a layer: a pattern's, where one is the end of the layer's name, or else the
+    file's."""
+    found: dict[str, Any] = {}
+    for key, patterns in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
+        given = described.get(patterns) or {}
+        matching = [value for name, value in given.items() if re.match(rf"(.*\.)?({name})$", layer)]
+        found[key] = matching[0] if matching else described.get(key)
     try:
-        rank, alpha = int(described["r"]), float(described["lora_alpha"])
-    except (KeyError, TypeError, ValueError) as error:
+        rank, alpha = int(found["r"]), float(found["lora_alpha"])
+    except (TypeError, ValueError) as error:
         raise WeightsError(f"{folder / CONFIG}: r or lora_alpha cannot be read ({error})") from error
     if rank < 1:
         raise WeightsError(f"{folder / CONFIG}: r is {rank}; a rank is positive")
-    return alpha / (math.sqrt(rank) if described.get("use_rslora") else rank)
+    return rank, alpha / (math.sqrt(rank) if described.get("use_rslora") else rank)

@@ -34,15 +34,16 @@ from qrecipes.data.tokenizers import Tokenizer, load_own_tokenizer, tokenizer_of
 from qrecipes.errors import ConfigError, DataError, ExportError
 from qrecipes.export.merge_report import HELD_OUT_BATCHES, MergeReport, merge_report, sharing_parameters
 from qrecipes.export.peft import save_peft
-from qrecipes.models.build import build
+from qrecipes.models.build import build, resolve_dtype
 from qrecipes.models.sources import resolve, source_folder
 from qrecipes.models.weights import save_huggingface
 from qrecipes.parallel.process import Process
 from qrecipes.quant.formats import format_from_json, format_to_json
 from qrecipes.quant.linear import QuantLinear
 from qrecipes.quant.sharded import is_composite
-from qrecipes.training import checkpoint
+from qrecipes.training import checkpoint, constants
 from qrecipes.training.output import RUN_FILE, read_run
+from qrecipes.training.seed import seed_building
 from qrecipes.transforms.chain import Chain
 
 FORMAT = 1
@@ -93,11 +94,16 @@ def load_swapped(
         raise ExportError(
             f"{output}: has no checkpoint{'' if step is None else f' of step {step}'}; it has: {known}"
         )
-    checkpoint.read_state(wanted[0])
-    dtype = _stored_dtype(wanted[0] / checkpoint.MODEL, run.model)
-    model, chain = _swapped_empty(run, dtype, device)
-    _materialize_(model, device)
-    checkpoint.load_model(wanted[0], model, _ALONE)
+    state = checkpoint.read_state(wanted[0])
+    if constants.needs_rebuilding(wanted[0], state):
+        model, chain = _swapped_anew(run, state)
+        model.to(device)
+    else:
+        frozen = constants.file_of(wanted[0], state)
+        files = [wanted[0] / checkpoint.MODEL, *([] if frozen is None else [frozen])]
+        model, chain = _swapped_empty(run, _stored_dtype(files, run.model), device)
+        _materialize_(model, device)
+    checkpoint.load_model(wanted[0], state, model, _ALONE)
     return model.eval(), chain, run
 
 
@@ -126,6 +132,21 @@ def _swapped_empty(run: Run, dtype: torch.dtype, device: str | torch.device) -> 
         return chain.swap(model), chain
 
 
+def _swapped_anew(run: Run, state: Mapping[str, Any]) -> tuple[nn.Module, Chain]:
+    """The run's model after its transforms as the run began, made on the kind of device that it trained on,
+    if there is one; the random state is put back."""
+    from qrecipes.export.opened import starting_model  # which opens runs, too
+
+    has_device = torch.device(state["frozen"]["device"]).type == "cpu" or torch.cuda.is_available()
+    device = torch.device(state["frozen"]["device"] if has_device else "cpu")
+    home = device if state["world"] == 1 else torch.device("cpu")  # as a run of several processes builds
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        seed_building(run.seed)
+        model = starting_model(run.model, dtype=resolve_dtype(run.model, device), device=home)
+        chain = Chain.from_configs(run.transform)
+        return chain.swap(model), chain
+
+
 def _materialize_(model: nn.Module, device: str | torch.device) -> None:
     """Put zeros in the place of every parameter that is on the meta device."""
     for module in model.modules():
@@ -144,16 +165,18 @@ def _zeros_like(tensor: Tensor, device: str | torch.device) -> Tensor:
     return type(tensor).__tensor_unflatten__(inner, context, tensor.shape, tensor.stride())  # type: ignore[attr-defined]
 
 
-def _stored_dtype(path: Path, section: ModelSection) -> torch.dtype:
-    """The type of a model in a file: bfloat16 if any of its tensors has it, as buffers stay float32.
+def _stored_dtype(paths: Iterable[Path], section: ModelSection) -> torch.dtype:
+    """The type of a model in files: bfloat16 if any of its tensors has it, as buffers stay float32.
 
     Tensors that the model had not before its transforms, such as scales, have types of their own.
     """
     from safetensors import safe_open
 
     plain = _build_empty(section, torch.float32, "meta").state_dict().keys()
-    with safe_open(path, "pt") as file:
-        types = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 - no dict
+    types: dict[str, str] = {}
+    for path in paths:
+        with safe_open(path, "pt") as file:
+            types |= {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 - no dict
     kept = [dtype for name, dtype in types.items() if name in plain] or types.values()
     return torch.bfloat16 if "BF16" in kept else torch.float32
 
@@ -253,7 +276,7 @@ def _manifest(
         "format": FORMAT,
         "written_by": f"qrecipes {__version__}, torch {torch.__version__}",
         "model": {"source": resolved.source, "args": resolved.args, "from": origin.model.source},
-        "parameter_dtype": str(_stored_dtype(folder / TENSORS, origin.model)).removeprefix("torch."),
+        "parameter_dtype": str(_stored_dtype([folder / TENSORS], origin.model)).removeprefix("torch."),
         "parameters": sum(t.numel() for t in tensors.values()),
         "bytes": sum(t.numel() * t.element_size() for t in tensors.values()),
         "has_run": origin.run is not None,

@@ -161,30 +161,30 @@ class Place:
     """The rows of a tensor that has one for each output, in Hugging Face's order."""
     to_ours: Callable[[Tensor], Tensor]
     """The inverse."""
+    stack: tuple[str, ...]
+    """Our names of all layers that are that module, one on top of the other; of this one alone where it is
+    one of its own."""
 
 
 def huggingface_places(layers: Iterable[str], config: Config) -> dict[str, Place]:
     """The places of a torchtune decoder's linear layers, by our names. `config` is that of config.json.
 
     Raises:
-        ExportError: if a layer has no counterpart of its own in a Hugging Face model of that family.
+        ExportError: if a layer has no counterpart in a Hugging Face model of that family.
         WeightsError: if the family is not supported.
     """
     family = family_of(config, "config.json")
     known = complete(family, config, "config.json")
     apart, together = _reordering(family, known, _pairs_apart), _reordering(family, known, _pairs_together)
-    weights = [f"{layer}.weight" for layer in layers]
+    weights = dict.fromkeys((f"{layer}.weight" for layer in layers), torch.empty(0))
     places = {}
-    for theirs, ours in _places(family, known, dict.fromkeys(weights, torch.empty(0))).items():
-        if len(ours) > 1:
-            raise ExportError(
-                f"{theirs}: a {family.architecture} stacks {', '.join(ours)} in it, so one of them has no "
-                "layer of its own there; leave them out of the transform's targets, or use the merged model"
-            )
-        (name,) = ours
-        places[name.removesuffix(".weight")] = Place(
-            theirs.removesuffix(".weight"), partial(apart, name), partial(together, name)
-        )
+    for theirs, ours in _places(family, known, weights).items():
+        stack = tuple(name.removesuffix(".weight") for name in ours)
+        for name, layer in zip(ours, stack, strict=True):
+            if name in weights:
+                places[layer] = Place(
+                    theirs.removesuffix(".weight"), partial(apart, name), partial(together, name), stack
+                )
     return places
 
 

@@ -5,7 +5,8 @@ M rows of A, N columns of B, K their contraction.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from functools import cache
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -13,6 +14,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from qrecipes.quant.int8_tiles import GROUP_M, Tiles
+from qrecipes.quant.triton_launch import Launcher
 
 
 class Epilogue(NamedTuple):
@@ -31,7 +33,8 @@ def launch_pointers(
 ) -> None:
     """Fill the contiguous `out_MN` by the kernel that takes any strides; bare sums without an epilogue."""
     (M, K), N = a_MK.shape, b_KN.shape[1]
-    _pointer_kernel[(tiles.blocks(M, N),)](
+    _pointer_launcher(tiles, K % tiles.block_k != 0, epilogue is not None)(
+        tiles.blocks(M, N),
         a_MK,
         b_KN,
         out_MN,
@@ -41,15 +44,6 @@ def launch_pointers(
         *a_MK.stride(),
         *b_KN.stride(),
         *_epilogue_arguments(epilogue, out_MN),
-        RAGGED_K=K % tiles.block_k != 0,
-        SCALED=epilogue is not None,
-        GROUP_M=GROUP_M,
-        BLOCK_M=tiles.block_m,
-        BLOCK_N=tiles.block_n,
-        BLOCK_K=tiles.block_k,
-        num_stages=tiles.num_stages,
-        num_warps=tiles.num_warps,
-        enable_fp_fusion=False,  # scaling and bias round separately, as in the reference
     )
 
 
@@ -63,9 +57,9 @@ def launch_tma(
 ) -> None:
     """The same by the kernel that reads blocks with TMA; both operands as `tma_can_read` wants them."""
     (M, K), N = a_MK.shape, b_KN.shape[1]
-    blocks = tiles.blocks(M, N)
-    programs = min(blocks, num_processors) if tiles.persistent else blocks
-    _tma_kernel[(programs,)](
+    blocks, persistent = tiles.blocks(M, N), tiles.per_processor * num_processors
+    _tma_launcher(tiles, persistent, epilogue is not None)(
+        min(blocks, persistent) if persistent else blocks,
         _descriptor(a_MK, (M, K), a_MK.stride(0), [tiles.block_m, tiles.block_k]),
         _descriptor(b_KN, (N, K), b_KN.stride(1), [tiles.block_n, tiles.block_k]),
         out_MN,
@@ -73,15 +67,6 @@ def launch_tma(
         N,
         K,
         *_epilogue_arguments(epilogue, out_MN),
-        SCALED=epilogue is not None,
-        PROCESSORS=num_processors if tiles.persistent else 0,
-        GROUP_M=GROUP_M,
-        BLOCK_M=tiles.block_m,
-        BLOCK_N=tiles.block_n,
-        BLOCK_K=tiles.block_k,
-        num_stages=tiles.num_stages,
-        num_warps=tiles.num_warps,
-        enable_fp_fusion=False,
     )
 
 
@@ -89,7 +74,8 @@ def launch_tile_scaled(a_MK: Tensor, b_KN: Tensor, a_scale: Tensor, b_scale: Ten
     """Fill the contiguous `out_MN` with the product of tile-scaled operands, see `tile_scaled_int8_mm`."""
     (M, K), N = a_MK.shape, b_KN.shape[1]
     block_m = 64
-    _tile_scaled_kernel[(-(-M // block_m) * -(-N // 128),)](
+    _tile_scaled_launcher(block_m)(
+        -(-M // block_m) * -(-N // 128),
         a_MK,
         b_KN,
         a_scale,
@@ -102,12 +88,33 @@ def launch_tile_scaled(a_MK: Tensor, b_KN: Tensor, a_scale: Tensor, b_scale: Ten
         *b_KN.stride(),
         *a_scale.stride(),
         *b_scale.stride(),
-        GROUP_M=GROUP_M,
-        BLOCK_M=block_m,
-        TILE=128,
-        num_stages=3,
-        num_warps=8,
-        enable_fp_fusion=False,
+    )
+
+
+@cache
+def _pointer_launcher(tiles: Tiles, ragged_k: bool, scaled: bool) -> Launcher:
+    constants = {"RAGGED_K": ragged_k, "SCALED": scaled, "GROUP_M": GROUP_M}
+    return _launcher(_pointer_kernel, constants, tiles)
+
+
+@cache
+def _tma_launcher(tiles: Tiles, programs: int, scaled: bool) -> Launcher:
+    return _launcher(_tma_kernel, {"SCALED": scaled, "PROGRAMS": programs, "GROUP_M": GROUP_M}, tiles)
+
+
+@cache
+def _tile_scaled_launcher(block_m: int) -> Launcher:
+    constants = {"GROUP_M": GROUP_M, "BLOCK_M": block_m, "TILE": 128}
+    return Launcher(_tile_scaled_kernel, constants, num_stages=3, num_warps=8, enable_fp_fusion=False)
+
+
+def _launcher(kernel: Any, constants: dict[str, Any], tiles: Tiles) -> Launcher:
+    return Launcher(
+        kernel,
+        constants | {"BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n, "BLOCK_K": tiles.block_k},
+        num_stages=tiles.num_stages,
+        num_warps=tiles.num_warps,
+        enable_fp_fusion=False,  # scaling and bias round separately, as in the reference
     )
 
 
@@ -264,16 +271,16 @@ def _tma_kernel(  # type: ignore[no-untyped-def]
     col_stride,
     bias_stride,
     SCALED: tl.constexpr,
-    PROCESSORS: tl.constexpr,
+    PROGRAMS: tl.constexpr,
     GROUP_M: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """One block of the contiguous output or, persistent, every PROCESSORS-th; TMA reads zeros outside."""
-    if PROCESSORS > 0:
+    """One block of the contiguous output or, persistent, every PROGRAMS-th; TMA reads zeros outside."""
+    if PROGRAMS > 0:
         blocks = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
-        for tile in tl.range(tl.program_id(0), blocks, PROCESSORS, flatten=True):
+        for tile in tl.range(tl.program_id(0), blocks, PROGRAMS, flatten=True):
             block_m, block_n = _block_of(tile, M, N, GROUP_M, BLOCK_M, BLOCK_N)
             acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32)
             for block_k in range(tl.cdiv(K, BLOCK_K)):

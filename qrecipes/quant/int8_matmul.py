@@ -24,7 +24,7 @@ from qrecipes.quant.int8_tiles import (
     Tiles,
     choose_tiles,
     choose_tma_tiles,
-    tma_shared_bytes,
+    fits_tma,
 )
 
 __all__ = [
@@ -216,7 +216,7 @@ def tune(M: int, N: int, K: int, device: torch.device | str = "cuda") -> Tiles:
         )
 
     with torch.cuda.device(device):
-        candidates = [tiles for tiles in TMA_TILES if tma_shared_bytes(tiles, 2) <= shared_bytes]
+        candidates = [tiles for tiles in TMA_TILES if fits_tma(tiles, shared_bytes, 2)]
         tiles = int8_tune.table(device).add(M, N, K, candidates, measure_ms)
     _plan.cache_clear()
     return tiles
@@ -263,7 +263,7 @@ def _plan(device: torch.device, M: int, N: int, K: int, readable: bool, output_b
         if int8_tune.is_wanted():
             _tune_unless_known(device, M, N, K)
         tiles = int8_tune.table(device).get(M, N, K)
-        if tiles is None or tma_shared_bytes(tiles, output_bytes) > shared_bytes:
+        if tiles is None or not fits_tma(tiles, shared_bytes, output_bytes):
             tiles = choose_tma_tiles(M, N, K, shared_bytes, num_processors, output_bytes)
         if tiles is not None:
             return _Plan(tiles, num_processors)

@@ -66,12 +66,16 @@ def quantize_rows_triton(x_MK: Tensor, seed: Tensor | None = None) -> tuple[Tens
 def quantize_columns_triton(x_MK: Tensor, seed: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """`quantize_columns` by its kernels, as `quantize_rows_triton`."""
     x_MK = _rows_contiguous(x_MK)
-    q_KM, scale_K1 = _columns_fake(x_MK)
-    if 0 in x_MK.shape:
-        return q_KM, scale_K1.zero_()
-    with _current_device(x_MK):
-        kernels.launch_columns(x_MK, q_KM, scale_K1, seed, _limits(x_MK.device).num_processors)
-    return q_KM, scale_K1
+    M, K = x_MK.shape
+    words_Km = x_MK.new_empty((K, -(-M // 16) * 4), dtype=torch.int32)
+    scale_K1 = x_MK.new_empty((K, 1), dtype=torch.float32)
+    if M == 0 or K == 0:
+        scale_K1.zero_()
+    else:
+        with _current_device(x_MK):
+            kernels.launch_columns(x_MK, words_Km, scale_K1, seed, _limits(x_MK.device).num_processors)
+    q_KM = words_Km.view(torch.int8)
+    return q_KM if M % 16 == 0 else q_KM[:, :M], scale_K1
 
 
 def _check(where: str, x_MK: Tensor) -> None:

@@ -6,11 +6,15 @@ NaN on top, so that no maximum loses one.
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton import knobs
+
+from qrecipes.quant.triton_launch import Launcher
 
 LONGEST_ROW = 16_384
 """Longest row that a program holds in registers; a longer one is read twice."""
@@ -28,31 +32,20 @@ def launch_rows(x_MK: Tensor, q_MK: Tensor, scale_M1: Tensor, seed: Tensor | Non
     """Fill `q_MK` and `scale_M1`."""
     M, K = x_MK.shape
     block = min(LONGEST_ROW, max(16, 1 << (K - 1).bit_length()))
-    _rows_kernel[(M,)](
-        x_MK,
-        q_MK,
-        scale_M1,
-        seed,
-        K,
-        x_MK.stride(0),
-        q_MK.stride(0),
-        WHOLE=block >= K,
-        BLOCK=block,
-        num_warps=4 if block <= 2048 else 8 if block <= 8192 else 16,
-        enable_fp_fusion=False,
-    )
+    _rows_launcher(block, block >= K)(M, x_MK, q_MK, scale_M1, seed, K, x_MK.stride(0), q_MK.stride(0))
 
 
 def launch_columns(
-    x_MK: Tensor, q_KM: Tensor, scale_K1: Tensor, seed: Tensor | None, num_processors: int
+    x_MK: Tensor, words_Km: Tensor, scale_K1: Tensor, seed: Tensor | None, num_processors: int
 ) -> None:
-    """Fill `q_KM`, transposed, whose rows must have room for M rounded up to 16, and `scale_K1`."""
+    """Fill `words_Km`, the transpose with four rows of `x_MK` packed in an int32, and `scale_K1`."""
     M, K = x_MK.shape
     blocks_of_M, strips = -(-M // BLOCK_M), -(-K // BLOCK_K)
     lag = max(blocks_of_M, min(LAG_PER_PROCESSOR * num_processors, blocks_of_M * strips))
-    _columns_kernel[(blocks_of_M * strips + lag,)](
+    _columns_launcher()(
+        blocks_of_M * strips + lag,
         x_MK,
-        q_KM.as_strided((K, q_KM.stride(0)), q_KM.stride()).view(torch.int32),
+        words_Km,
         scale_K1,
         x_MK.new_zeros(K + strips + 1, dtype=torch.int32),
         seed,
@@ -60,12 +53,21 @@ def launch_columns(
         K,
         lag,
         x_MK.stride(0),
-        q_KM.stride(0) // 4,
-        BLOCK_M=BLOCK_M,
-        BLOCK_K=BLOCK_K,
-        num_warps=2,
-        enable_fp_fusion=False,
+        words_Km.stride(0),
     )
+
+
+@cache
+def _rows_launcher(block: int, whole: bool) -> Launcher:
+    num_warps = 4 if block <= 2048 else 8 if block <= 8192 else 16
+    constants = {"WHOLE": whole, "BLOCK": block}
+    return Launcher(_rows_kernel, constants, num_warps=num_warps, enable_fp_fusion=False)
+
+
+@cache
+def _columns_launcher() -> Launcher:
+    constants = {"BLOCK_M": BLOCK_M, "BLOCK_K": BLOCK_K}
+    return Launcher(_columns_kernel, constants, num_warps=2, enable_fp_fusion=False)
 
 
 @triton.jit

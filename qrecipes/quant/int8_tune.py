@@ -13,6 +13,7 @@ import statistics
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable
+from dataclasses import astuple
 from functools import cache
 from pathlib import Path
 
@@ -127,12 +128,12 @@ def _key(M: int, N: int, K: int) -> str:
     return f"{bucket(M)}x{bucket(N)}x{bucket(K)}"
 
 
-def _list(tiles: Tiles) -> list[int | bool]:
-    return [tiles.block_m, tiles.block_n, tiles.block_k, tiles.num_stages, tiles.num_warps, tiles.persistent]
+def _list(tiles: Tiles) -> list[int]:
+    return list(astuple(tiles))
 
 
-def _tiles(entry: list[int | bool]) -> Tiles:
-    tiles = Tiles(*entry)  # type: ignore[arg-type]
+def _tiles(entry: list[int]) -> Tiles:
+    tiles = Tiles(*entry)
     if tiles not in TMA_TILES:
         raise ValueError(f"{entry} are not tiles of this version")
     return tiles

@@ -3,7 +3,8 @@
 A checkpoint is a folder `step_00000100` that appears by a rename when everything in it is written, so a
 killed save leaves the previous one untouched. `model.safetensors` and `optimizer.safetensors` hold whole
 tensors, whatever the number of ranks; `rank_00000.safetensors` holds what is a rank's own: random state, and
-tensors made of several parts (quantized optimizer states, whose blocks follow the sharding). The model is as
+tensors made of several parts (quantized optimizer states, whose blocks follow the sharding). Parameters that
+training cannot change are apart, once for all checkpoints or not at all (`constants`). The model is as
 it is judged and exported, where an optimizer tells such weights from those that are trained. `state.json`
 comes last, with the step, the data position, the size and CRC-32 of every file, and what of the run must be
 equal to resume. Nothing is pickled.
@@ -15,9 +16,10 @@ import json
 import os
 import shutil
 import zlib
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -28,13 +30,16 @@ from torch.optim import Optimizer
 from qrecipes.errors import CheckpointError
 from qrecipes.parallel.process import Process
 from qrecipes.quant.sharded import is_composite, parts, whole, write_whole_
+from qrecipes.training import constants
 from qrecipes.training.optimizer_verbs import evaluation_weights, training_weights_
 
 if TYPE_CHECKING:
     from qrecipes.config.run import Run
 
-FORMAT = 1
+FORMAT = 2
+"""Format 1 had frozen parameters in the model's file; it is still read."""
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
+T = TypeVar("T")
 _PART = "//"
 """Between the name of a composite tensor and the name of its part."""
 
@@ -134,15 +139,17 @@ def save(
     if process.is_main:
         _reporting_os_errors(partial, lambda: _empty(partial))
     process.barrier()
+    apart = constants.constant_names(run, model, process)
     with evaluation_weights(optimizer):
-        shared, own = _collect(model, optimizer, process)
+        shared, own = _collect(model, optimizer, process, apart)
+    frozen = _reporting_os_errors(partial, lambda: constants.keep(run, model, apart, final.parent, process))
     own |= _random_state(process)  # last: nothing above draws from it
     rank_file = partial / f"rank_{process.rank:05d}.safetensors"
     _reporting_os_errors(partial, lambda: save_file(own, rank_file))
     process.barrier()
     if process.is_main:
         _reporting_os_errors(
-            partial, lambda: _publish(run, step, shared, data_state, process, partial, final)
+            partial, lambda: _publish(run, step, shared, data_state, frozen, process, partial, final)
         )
     process.barrier()
     return final
@@ -154,11 +161,12 @@ def _empty(folder: Path) -> None:
 
 
 def _collect(
-    model: nn.Module, optimizer: Optimizer, process: Process
+    model: nn.Module, optimizer: Optimizer, process: Process, left_out: set[str]
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    trained = {name: tensor for name, tensor in model.state_dict().items() if name not in left_out}
     shared: dict[str, dict[str, Tensor]] = {MODEL: {}, OPTIMIZER: {}}
     own: dict[str, Tensor] = {}
-    for file, tensors in ((MODEL, model.state_dict()), (OPTIMIZER, _optimizer_tensors(model, optimizer))):
+    for file, tensors in ((MODEL, trained), (OPTIMIZER, _optimizer_tensors(model, optimizer))):
         composite = process.any_rank([is_composite(tensor) for tensor in tensors.values()])
         for (name, tensor), apart in zip(tensors.items(), composite, strict=True):
             if apart:
@@ -197,6 +205,7 @@ def _publish(
     step: int,
     shared: dict[str, dict[str, Tensor]],
     data_state: dict[str, Any],
+    frozen: dict[str, Any] | None,
     process: Process,
     partial: Path,
     final: Path,
@@ -208,6 +217,7 @@ def _publish(
         "step": step,
         "world": process.world,
         "data": data_state,
+        "frozen": frozen,
         "fingerprint": fingerprint(run, process.world),
         "files": {p.name: {"bytes": p.stat().st_size, "crc32": _crc32(p)} for p in sorted(partial.iterdir())},
     }
@@ -221,6 +231,7 @@ def _publish(
     for old in list_checkpoints(run.output)[: -run.checkpoint.keep]:
         if old != final:
             _remove(old)
+    constants.forget_unused(final.parent, final.parent.glob(f"*/{STATE}"))
 
 
 def _remove(folder: Path) -> None:
@@ -247,9 +258,9 @@ def _crc32(path: Path) -> int:
     return value
 
 
-def _reporting_os_errors(folder: Path, action: Any) -> None:
+def _reporting_os_errors(folder: Path, action: Callable[[], T]) -> T:
     try:
-        action()
+        return action()
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"{folder}: cannot be written: {error}; earlier checkpoints are untouched; "
@@ -270,9 +281,9 @@ def read_state(folder: Path) -> dict[str, Any]:
         files = state["files"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise _damaged(folder, f"{STATE} cannot be read ({error})") from error
-    if state.get("format") != FORMAT:
+    if state.get("format") not in range(1, FORMAT + 1):
         raise CheckpointError(
-            f"{folder}: has checkpoint format {state.get('format')}; this version reads {FORMAT}; "
+            f"{folder}: has checkpoint format {state.get('format')}; this version reads 1 to {FORMAT}; "
             f"use the version of "
             "qrecipes that wrote it"
         )
@@ -324,10 +335,11 @@ def restore(
     state = read_state(folder)
     check_fits(folder, state, run, process)
     initialize_state(optimizer)  # first: an optimizer with copies of the weights writes them back
-    load_model(folder, model, process)
+    load_model(folder, state, model, process)
     same_world = state["world"] == process.world
     own = _load(folder / f"rank_{process.rank:05d}.safetensors") if same_world else {}
-    saved = _restore_tensors(folder, OPTIMIZER, _optimizer_tensors(model, optimizer), own)
+    path = folder / OPTIMIZER
+    saved = _restore_tensors(path, _load(path), _optimizer_tensors(model, optimizer), own)
     _forget_absent_state(saved, model, optimizer)
     training_weights_(optimizer)
     if same_world:
@@ -337,15 +349,21 @@ def restore(
     return state["step"], state["data"]
 
 
-def load_model(folder: Path, model: nn.Module, process: Process) -> None:
-    """Put only a checkpoint's model in place.
+def load_model(folder: Path, state: dict[str, Any], model: nn.Module, process: Process) -> None:
+    """Put only a checkpoint's model in place; `state` is what `read_state` gave.
 
     Raises:
-        CheckpointError: if names or shapes do not fit.
+        CheckpointError: if names or shapes do not fit, or frozen parameters that were not saved are others in
+        this model.
     """
     rank_file = folder / f"rank_{process.rank:05d}.safetensors"
     own = _load(rank_file) if rank_file.is_file() else {}
-    _restore_tensors(folder, MODEL, model.state_dict(), own)
+    targets = model.state_dict()
+    if constants.needs_rebuilding(folder, state):
+        constants.require_rebuilt(folder, state, model)
+        targets = {n: t for n, t in targets.items() if n not in state["frozen"]["fingerprints"]}
+    saved = _load(folder / MODEL) | constants.read(folder, state)
+    _restore_tensors(folder / MODEL, saved, targets, own)
 
 
 def initialize_state(optimizer: Optimizer) -> None:
@@ -363,10 +381,11 @@ def initialize_state(optimizer: Optimizer) -> None:
         group["lr"], group["weight_decay"] = rate, decay
 
 
-def _restore_tensors(folder: Path, file: str, targets: dict[str, Tensor], own: dict[str, Tensor]) -> set[str]:
-    """Overwrite `targets` with the saved tensors of one file; the names of all that were saved."""
-    saved = _load(folder / file)
-    problems = []
+def _restore_tensors(
+    path: Path, saved: dict[str, Tensor], targets: dict[str, Tensor], own: dict[str, Tensor]
+) -> set[str]:
+    """Overwrite `targets` with the `saved` tensors of a file; the names of all that were saved."""
+    file, problems = path.name, []
     for name, target in targets.items():
         if is_composite(target) or f"{file}{_PART}{name}{_PART}" in own:
             problems += _restore_parts(f"{file}{_PART}{name}", target, own)
@@ -381,7 +400,7 @@ def _restore_tensors(folder: Path, file: str, targets: dict[str, Tensor], own: d
     problems += [f"{name} has no place in this run" for name in extra]
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise CheckpointError(f"{folder / file}: does not fit: {'; '.join(problems[:5])}{more}")
+        raise CheckpointError(f"{path}: does not fit: {'; '.join(problems[:5])}{more}")
     return set(saved) | {key.split(_PART)[1] for key in own if key.startswith(file)}
 
 

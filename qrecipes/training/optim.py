@@ -107,9 +107,12 @@ def _torchao(name: str) -> Callable[[list[dict[str, Any]], OptimSection], Optimi
         compat.disable_autograd_cache()
         import torchao.optim
 
+        from qrecipes.training.adamw8bit import FusedAdamW8bit
+
+        cls = FusedAdamW8bit if name == "AdamW8bit" else getattr(torchao.optim, name)
         for setting in settings:  # a tensor, so that a new learning rate does not compile the step anew
             setting["lr"] = torch.tensor(setting["lr"], dtype=torch.float32)
-        return getattr(torchao.optim, name)(
+        return cls(
             settings,
             lr=optim.lr,
             betas=optim.betas,

@@ -187,6 +187,14 @@ class Transform(abc.ABC, Generic[C]):
         names = ("before_step", "after_backward")
         return frozenset(n for n in names if getattr(type(self), n) is not getattr(Transform, n))
 
+    @property
+    def writes_frozen(self) -> bool:
+        """Whether parameters of its layers change that no optimizer trains: checkpoints then hold them.
+
+        Only hooks can write them, so a method with hooks that do not says so here.
+        """
+        return bool(self.hooks)
+
     def check(self, run: Run) -> None:
         """Raise ConfigError where the run contradicts the method; called before a model is built."""
 

@@ -204,6 +204,21 @@ class Chain:
             groups.append(ParamGroup("rest", rest))
         return groups
 
+    def constants(self, model: nn.Module) -> set[str]:
+        """Names of the parameters that training cannot change: frozen ones that no transform writes."""
+        written = {
+            id(parameter)
+            for transform in self.transforms
+            if transform.writes_frozen
+            for layer in transform.layers(model).values()
+            for parameter in layer.parameters()
+        }
+        return {
+            name
+            for name, parameter in model.named_parameters(remove_duplicate=False)
+            if not parameter.requires_grad and id(parameter) not in written
+        }
+
     def before_step(self, ctx: StepContext) -> None:
         """Call every transform's hook, in order."""
         for transform in self.transforms:

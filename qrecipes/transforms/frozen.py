@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -14,13 +14,18 @@ from qrecipes.errors import ConfigError
 from qrecipes.quant.affine import with_offset
 from qrecipes.quant.formats import AffineFormat, WeightFormat
 from qrecipes.quant.frozen_int8 import frozen_int8_linear
-from qrecipes.quant.int8_matmul import has_int8_tensor_cores
 from qrecipes.quant.linear import QuantLinear, moving_only
 from qrecipes.transforms.base import Adapter, Bounds, LinearTransform, MergeBounds, TransformConfig
+from qrecipes.transforms.int8_devices import check_int8_device
 
 ADAPTER_TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-# Least SQNR of one layer's output and grad_input in INT8, in dB, against the same products in the model's
-# type. Least seen in the pretrained 260K story Llama on Shakespeare, over its own weights: 30.8 and 22.6.
+# Least SQNR of one layer's output and grad_input, in dB, by the bits of its weight. Least seen in the
+# pretrained 260K story Llama on Shakespeare, groups of 32: INT8 42 and 35, INT4 18 and 12, INT3 12 and 5,
+# INT2 4 and -4, NF4 18 and 9; the second of each is a k_proj, whose gradients nearly cancel.
+FLOORS_DB = {8: (36.0, 28.0), 4: (12.0, 5.0), 3: (6.0, -2.0), 2: (-2.0, -10.0)}
+NF4_FLOORS_DB = (12.0, 2.0)
+# The same with products in INT8, against those in the model's type. Least seen there, over its own
+# weights: 30.8 and 22.6.
 INT8_FLOORS_DB = 20.0, 12.0
 INT8_FINALIZE_FLOOR_DB = 30.0
 """Least SQNR of a tiny model's output after `finalize`, which leaves INT8; least of 20 seeds: 43.9."""
@@ -48,12 +53,9 @@ class AdapterConfig(TransformConfig):
     def check_device(self, device: torch.device, where: str = "transform") -> None:
         """Raise ConfigError, naming `where`, if INT8 products are wanted, not emulated, and `device` has
         none."""
-        if self.base_compute == "int8" and not (self.emulate or has_int8_tensor_cores(device)):
-            raise ConfigError(
-                f"{where}.base_compute: 'int8', but the device is {device}, and INT8 products need the "
-                "tensor cores of an NVIDIA GPU of compute capability 8.0 or later; use such a device, set "
-                'base_compute = "model", or set emulate = true to compute the same numbers slowly'
-            )
+        if self.base_compute == "int8":
+            instead = 'set base_compute = "model"'
+            check_int8_device(f"{where}.base_compute", device, emulate=self.emulate, instead=instead)
 
 
 AC = TypeVar("AC", bound=AdapterConfig)
@@ -86,7 +88,7 @@ class AdaptedLinear(nn.Module):
         """What the base makes of [..., K], computed as `config.base_compute` says: [..., N]."""
         if self.config.base_compute == "model":
             return self.base(input)
-        if not (self.config.emulate or input.is_cuda):
+        if not input.is_cuda:
             self.config.check_device(input.device)
         return frozen_int8_linear(input, self.base)
 
@@ -154,6 +156,25 @@ class AdapterTransform(LinearTransform[AC]):
             model.set_submodule(fqn, layer.base)
         return {fqn: layer.adapter() for fqn, layer in layers.items()}
 
+    @torch.no_grad()
+    def load_adapters(self, model: nn.Module, adapters: Mapping[str, Adapter]) -> list[str]:
+        """Overwrite the layers' adapters, once all were found to fit: each layer's `check_adapter` raises,
+        and `load_adapter` copies."""
+        layers: dict[str, Any] = self.layers(model)
+        taken = [fqn for fqn in adapters if fqn in layers]
+        for fqn in taken:
+            layers[fqn].check_adapter(adapters[fqn], f"adapter of {fqn}")
+        for fqn in taken:
+            layers[fqn].load_adapter(adapters[fqn])
+        return taken
+
+
+def low_bit_bounds(format: WeightFormat) -> Bounds:
+    """What the probe holds a frozen layer to whose weight was just rounded to `format`: as far off as that
+    is."""
+    floors = FLOORS_DB[format.bits] if isinstance(format, AffineFormat) else NF4_FLOORS_DB
+    return Bounds(*floors, None)
+
 
 def noise_of_both(one_db: float, other_db: float) -> float:
     """SQNR of a product with two independent errors of these, in dB."""
@@ -197,6 +218,16 @@ def plain_linear(weight_NK: Tensor, like: nn.Linear | QuantLinear, dtype: torch.
     linear.weight = nn.Parameter(weight_NK.detach().to(dtype), requires_grad=False)
     linear.bias = like.bias  # type: ignore[assignment]
     return linear
+
+
+def check_scaling(where: str, given: Adapter, scaling: float, keys: str) -> None:
+    """Raise ConfigError where an adapter's product is multiplied by another number than its layer's, which
+    the transform's `keys` make."""
+    if not math.isclose(given.scaling, scaling):
+        raise ConfigError(
+            f"{where}: is scaled by {given.scaling:g}, and the layer's by {scaling:g}; set the transform's "
+            f"{keys} to the adapter's"
+        )
 
 
 def check_shapes(where: str, given: Any, wanted: dict[str, tuple[int, ...]]) -> None:

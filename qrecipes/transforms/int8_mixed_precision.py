@@ -29,10 +29,11 @@ from torch import Tensor, nn
 
 from qrecipes.errors import ConfigError
 from qrecipes.quant.int8_gathered import gathered_as_int8, int8_rows
-from qrecipes.quant.int8_matmul import has_int8_tensor_cores, scaled_int8_mm
+from qrecipes.quant.int8_matmul import scaled_int8_mm
 from qrecipes.quant.int8_quantize import quantize_columns, quantize_rows
 from qrecipes.quant.primitives import dequantize_int8
 from qrecipes.transforms.base import Bounds, LinearTransform, TransformConfig, register
+from qrecipes.transforms.int8_devices import check_int8_device
 
 AnyLinear = TypeVar("AnyLinear", bound=nn.Linear)
 Quantized: TypeAlias = tuple[Tensor, Tensor]
@@ -133,8 +134,8 @@ class Int8MixedPrecisionLinear(nn.Linear):
                 f"autocast is {'on' if autocast else 'off'}; INT8 products come in the weight's type, so use "
                 "one dtype for both, and no autocast"
             )
-        if not (self.config.emulate or input.is_cuda):
-            raise ConfigError(_without_cores(input.device))
+        if not input.is_cuda:
+            check_int8_device("int8_mixed_precision", input.device, emulate=self.config.emulate)
         keeps_int8 = self.config.save_int8_input and self.weight.requires_grad and torch.is_grad_enabled()
         q_NK, scale_N1 = int8_rows(self.weight)
         return _Int8Linear.apply(input, self.weight, self.bias, self.config, keeps_int8, q_NK, scale_N1)
@@ -168,8 +169,7 @@ class Int8MixedPrecision(LinearTransform[Int8MixedPrecisionConfig]):
 
     def check_device(self, device: torch.device) -> None:
         """Raise ConfigError where `device` has no INT8 tensor cores, and none are to be emulated."""
-        if not (self.config.emulate or has_int8_tensor_cores(device)):
-            raise ConfigError(_without_cores(device))
+        check_int8_device("int8_mixed_precision", device, emulate=self.config.emulate)
 
     def reason_to_leave(self, fqn: str, module: nn.Module) -> str | None:
         """A name that is not selected, or a size that INT8 would slow down."""
@@ -218,14 +218,6 @@ class Int8MixedPrecision(LinearTransform[Int8MixedPrecisionConfig]):
             grad_input=GRADIENT_FLOOR_DB - cost if config.grad_input else None,
             grad_weight=GRADIENT_FLOOR_DB - cost if config.grad_weight else None,
         )
-
-
-def _without_cores(device: torch.device) -> str:
-    return (
-        f"int8_mixed_precision: the device is {device}, but INT8 products need the tensor cores of an NVIDIA "
-        "GPU of compute capability 8.0 or later; use such a device, or set emulate = true to compute the "
-        "same numbers slowly"
-    )
 
 
 class _Int8Linear(torch.autograd.Function):

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 import torch
 from pydantic import Field
@@ -30,6 +30,7 @@ from qrecipes.quant.int8_matmul import scaled_int8_mm
 from qrecipes.quant.int8_quantize import quantize_rows
 from qrecipes.quant.stored_int8 import DTYPES, StoredInt8, dequantize_groups, plain_parts
 from qrecipes.transforms.base import Bounds, LinearTransform, TransformConfig, register
+from qrecipes.transforms.int8_devices import check_int8_device
 
 AnyLinear = TypeVar("AnyLinear", bound=nn.Linear)
 
@@ -47,12 +48,22 @@ SCALE = "weight_scale"
 class Int8WeightConfig(TransformConfig):
     """How weights are stored, and whether the output is computed in INT8."""
 
+    free_on_resume: ClassVar[tuple[str, ...]] = ("emulate",)
     group_size: Annotated[int, Field(ge=1)] | None = None
     """Input features that share a scale; it divides every layer's. Absent: one scale a row. Groups cost 4
     bytes each, and less rounding where a row holds a few large weights."""
     int8_forward: bool = False
     """Compute the output from INT8 rows of the input and the weights as they are stored, on INT8 tensor
     cores. Needs one scale a row."""
+    emulate: bool = False
+    """With `int8_forward`, where there are no INT8 tensor cores (CPU, GPUs before Ampere) compute the same
+    numbers in plain PyTorch, slowly, rather than refuse. It changes nothing where there are."""
+
+    def check_device(self, device: torch.device) -> None:
+        """Raise ConfigError where the output is to be computed in INT8, not emulated, and `device` cannot."""
+        if self.int8_forward:
+            where, instead = "int8_weights.int8_forward", "set int8_forward = false"
+            check_int8_device(where, device, emulate=self.emulate, instead=instead)
 
     def __post_init__(self) -> None:
         if self.int8_forward and self.group_size is not None:
@@ -100,6 +111,8 @@ class Int8WeightLinear(nn.Linear):
                 "Int8WeightLinear: called under autocast, which would compute the products in a type of its "
                 "own; leave autocast out, and choose the type by model.dtype"
             )
+        if not input.is_cuda:
+            self.config.check_device(input.device)
         return _StoredLinear.apply(input, weight, weight.q, weight.scale, self.bias, self.config.int8_forward)
 
     def merged(self) -> nn.Linear:
@@ -175,6 +188,10 @@ class Int8Weights(LinearTransform[Int8WeightConfig]):
     def freezes_rest(self) -> bool:
         """No: it changes how the weights of its layers are stored, and everything trains as before."""
         return False
+
+    def check_device(self, device: torch.device) -> None:
+        """Raise ConfigError where the output is to be computed in INT8, not emulated, and `device` cannot."""
+        self.config.check_device(device)
 
     def swap(self, model: nn.Module) -> nn.Module:
         """Replace every site.

@@ -19,7 +19,7 @@ nothing of size N x K is formed.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, cast
 
@@ -43,23 +43,15 @@ from qrecipes.transforms.frozen import (
     AdaptedLinear,
     AdapterConfig,
     AdapterTransform,
+    check_scaling,
     check_shapes,
     check_width,
     in_format,
+    low_bit_bounds,
     plain_linear,
 )
 
 Base: TypeAlias = Literal["bf16", "nf4", "int8", "int4", "int3", "int2"]
-# Least SQNR of one layer's output and grad_input, in dB. Least seen in the pretrained 260K story Llama on
-# Shakespeare, groups of 32: int8 42 and 35, int4 18 and 12, int3 12 and 5, int2 4 and -4, NF4 18 and 9; the
-# second of each is a k_proj, whose gradients nearly cancel.
-FLOORS_DB = {
-    "int8": (36.0, 28.0),
-    "int4": (12.0, 5.0),
-    "int3": (6.0, -2.0),
-    "int2": (-2.0, -10.0),
-    "nf4": (12.0, 2.0),
-}
 LOFTQ_ITERATIONS = 5
 """Alternations of LoftQ (arXiv 2310.08659), which uses 1 to 10 of them; the best is kept."""
 
@@ -244,6 +236,27 @@ class LoRALinear(AdaptedLinear):
         magnitude = None if self.magnitude is None else self.magnitude.detach()
         return Adapter(self.lora_a.detach(), self.lora_b.detach(), self.scaling, magnitude)
 
+    def check_adapter(self, given: Adapter, where: str) -> None:
+        """Raise ConfigError, naming `where`, if an adapter has another shape, scaling or kind."""
+        wanted = {"a": tuple(self.lora_a.shape), "b": tuple(self.lora_b.shape)}
+        if self.magnitude is not None and given.magnitude is not None:
+            wanted |= {"magnitude": tuple(self.magnitude.shape)}
+        check_shapes(where, given, wanted)
+        check_scaling(where, given, self.scaling, "alpha, rank and use_rslora")
+        if (given.magnitude is None) is not (self.magnitude is None):
+            has, lacks = ("has", "lacks") if self.magnitude is None else ("lacks", "has")
+            raise ConfigError(
+                f"{where}: {has} DoRA's magnitudes, and the layer {lacks} them; set use_dora to what the "
+                "adapter was trained with"
+            )
+
+    def load_adapter(self, given: Adapter) -> None:
+        """Overwrite A, B and the magnitudes."""
+        self.lora_a.copy_(given.a)
+        self.lora_b.copy_(given.b)
+        if self.magnitude is not None:
+            self.magnitude.copy_(cast(Tensor, given.magnitude))
+
     def extra_repr(self) -> str:
         """Rank and scaling."""
         return f"rank={self.config.rank}, scaling={self.scaling:g}, dora={self.config.use_dora}"
@@ -319,10 +332,11 @@ class LoRA(AdapterTransform[LoRAConfig]):
 
     def base_bounds(self) -> Bounds:
         """A plain base starts bit-equal; a low-bit one as far off as its format is."""
-        if self.config.base == "bf16":
+        format = self.config.format()
+        if format is None:
             # DoRA multiplies by magnitudes over norms, which are 1 but for rounding
             return Bounds(30.0, 30.0, None, may_equal=True)
-        return Bounds(*FLOORS_DB[self.config.base], None)
+        return low_bit_bounds(format)
 
     def base_merge_bounds(self) -> MergeBounds:
         """A plain merge is exact but for the type's rounding; rounding again costs what it costs."""
@@ -338,33 +352,3 @@ class LoRA(AdapterTransform[LoRAConfig]):
         magnitudes = [layer.magnitude for layer in layers if layer.magnitude is not None]
         groups = [ParamGroup("adapters", adapters)]
         return [*groups, ParamGroup("magnitudes", magnitudes)] if magnitudes else groups
-
-    @torch.no_grad()
-    def load_adapters(self, model: nn.Module, adapters: Mapping[str, Adapter]) -> list[str]:
-        """Overwrite A, B and the magnitudes."""
-        layers = cast("dict[str, LoRALinear]", self.layers(model))
-        taken = [fqn for fqn in adapters if fqn in layers]
-        for fqn in taken:
-            given, layer = adapters[fqn], layers[fqn]
-            wanted = {"a": tuple(layer.lora_a.shape), "b": tuple(layer.lora_b.shape)}
-            if layer.magnitude is not None and given.magnitude is not None:
-                wanted |= {"magnitude": tuple(layer.magnitude.shape)}
-            check_shapes(f"adapter of {fqn}", given, wanted)
-            if not math.isclose(given.scaling, layer.scaling):
-                raise ConfigError(
-                    f"adapter of {fqn}: is scaled by {given.scaling:g}, and the layer's by "
-                    f"{layer.scaling:g}; set the transform's alpha, rank and use_rslora to the adapter's"
-                )
-            if (given.magnitude is None) is not (layer.magnitude is None):
-                has, lacks = ("has", "lacks") if layer.magnitude is None else ("lacks", "has")
-                raise ConfigError(
-                    f"adapter of {fqn}: {has} DoRA's magnitudes, and the layer {lacks} them; set use_dora "
-                    "to what the adapter was trained with"
-                )
-        for fqn in taken:  # only now that all fit
-            given, layer = adapters[fqn], layers[fqn]
-            layer.lora_a.copy_(given.a)
-            layer.lora_b.copy_(given.b)
-            if layer.magnitude is not None:
-                layer.magnitude.copy_(cast(Tensor, given.magnitude))
-        return taken

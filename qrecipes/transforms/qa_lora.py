@@ -17,7 +17,6 @@ takes only such.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, cast
 
@@ -41,17 +40,14 @@ from qrecipes.transforms.frozen import (
     AdaptedLinear,
     AdapterConfig,
     AdapterTransform,
+    check_scaling,
     check_shapes,
     check_width,
     in_format,
+    low_bit_bounds,
 )
 
 Pool: TypeAlias = Literal["sum", "mean"]
-
-# Least SQNR of one layer's output and grad_input, in dB, by bits. Least seen in the pretrained 260K story
-# Llama on Shakespeare, groups of 32: 42 and 35, 18 and 12, 12 and 5, 4 and -4; the second of each is a
-# k_proj, whose gradients nearly cancel.
-FLOORS_DB = {8: (36.0, 28.0), 4: (12.0, 5.0), 3: (6.0, -2.0), 2: (-2.0, -10.0)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,6 +185,26 @@ class QALoRALinear(AdaptedLinear):
         a = convert_pool(self.lora_a.detach(), size, self.config.pool, "sum")
         return Adapter(a.repeat_interleave(size, 1), self.lora_b.detach(), self.config.scaling)
 
+    def check_adapter(self, given: Adapter, where: str) -> None:
+        """Raise ConfigError, naming `where`, if an adapter has another shape or scaling, or A is not the same
+        for all inputs of a group."""
+        config = self.config
+        wide = {"a": (config.rank, self.in_features), "b": tuple(self.lora_b.shape)}
+        check_shapes(where, given, wide)
+        groups = given.a.unflatten(1, (-1, config.group_size))
+        if given.magnitude is not None or (groups != groups[..., :1]).any():
+            raise ConfigError(
+                f"{where}: is no group-pooled adapter of groups of {config.group_size}: its A differs within "
+                "a group, or it has magnitudes; load it with the transform that trained it"
+            )
+        check_scaling(where, given, config.scaling, "alpha and rank")
+
+    def load_adapter(self, given: Adapter) -> None:
+        """Overwrite A and B."""
+        size = self.config.group_size
+        self.lora_a.copy_(convert_pool(given.a[:, ::size], size, "sum", self.config.pool))
+        self.lora_b.copy_(given.b)
+
     def extra_repr(self) -> str:
         """Rank, scaling and pooling."""
         return f"rank={self.config.rank}, scaling={self.config.scaling:g}, pool={self.config.pool}"
@@ -231,7 +247,7 @@ class QALoRA(AdapterTransform[QALoRAConfig]):
 
     def base_bounds(self) -> Bounds:
         """As far off as the format is."""
-        return Bounds(*FLOORS_DB[self.config.bits], None)
+        return low_bit_bounds(self.config.format())
 
     def base_merge_bounds(self) -> MergeBounds:
         """Exact but for rounding; held-out perplexity equal to 4 digits in whatever type."""
@@ -241,31 +257,3 @@ class QALoRA(AdapterTransform[QALoRAConfig]):
         """A and B."""
         layers = cast("list[QALoRALinear]", list(self.layers(model).values()))
         return [ParamGroup("adapters", [p for layer in layers for p in (layer.lora_a, layer.lora_b)])]
-
-    @torch.no_grad()
-    def load_adapters(self, model: nn.Module, adapters: Mapping[str, Adapter]) -> list[str]:
-        """Overwrite A and B from adapters whose A is the same for all inputs of a group."""
-        layers = cast("dict[str, QALoRALinear]", self.layers(model))
-        taken = [fqn for fqn in adapters if fqn in layers]
-        for fqn in taken:
-            given, layer = adapters[fqn], layers[fqn]
-            config, where = self.config, f"adapter of {fqn}"
-            wide = {"a": (config.rank, layer.in_features), "b": tuple(layer.lora_b.shape)}
-            check_shapes(where, given, wide)
-            groups = given.a.unflatten(1, (-1, config.group_size))
-            if given.magnitude is not None or (groups != groups[..., :1]).any():
-                raise ConfigError(
-                    f"{where}: is no group-pooled adapter of groups of {config.group_size}: its A differs "
-                    "within a group, or it has magnitudes; load it with the transform that trained it"
-                )
-            if not math.isclose(given.scaling, config.scaling):
-                raise ConfigError(
-                    f"{where}: is scaled by {given.scaling:g}, and the layer's by {config.scaling:g}; set "
-                    "the transform's alpha and rank to the adapter's"
-                )
-        for fqn in taken:  # only now that all fit
-            given, layer = adapters[fqn], layers[fqn]
-            a = given.a[:, :: config.group_size]
-            layer.lora_a.copy_(convert_pool(a, config.group_size, "sum", config.pool))
-            layer.lora_b.copy_(given.b)
-        return taken

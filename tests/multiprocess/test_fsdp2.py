@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 from harness import Trial, methods, tiny_run, variants
+from safetensors.torch import load_file
 
 from qrecipes.errors import CheckpointError
-from qrecipes.training import checkpoint
+from qrecipes.training import checkpoint, constants
 from qrecipes.transforms.base import transform_for
 
 WORKER = Path(__file__).with_name("worker.py")
@@ -34,6 +35,7 @@ EXTRA = [
     "llm::stochastic_adamw",  # in float32, where it rounds nothing and equals AdamW
     "llm::schedule_free_adamw",
     "llm::in_backward",
+    *(f"llm:{name}:rebuild" for name in ("qlora", "qa_lora")),
 ]
 
 
@@ -105,7 +107,9 @@ def test_ranks_read_different_rows_and_draw_different_numbers(two_processes, cas
     assert not any(row in second for row in first)
 
 
-@pytest.mark.parametrize("case", [*PLAIN, "llm::schedule_free_adamw", "llm::in_backward"])
+@pytest.mark.parametrize(
+    "case", [*PLAIN, "llm::schedule_free_adamw", "llm::in_backward", "llm:qlora:rebuild"]
+)
 def test_checkpoint_of_two_ranks_goes_on_with_one(two_processes, folder, case):
     family, method, name = case.split(":")
     run = tiny_run(family, method or None, output=str(folder / case.replace(":", "-")), steps=6)
@@ -116,6 +120,22 @@ def test_checkpoint_of_two_ranks_goes_on_with_one(two_processes, folder, case):
     trial.data.load_state_dict(position)
     expected = torch.tensor(two_processes[case]["unbroken"][3:])
     torch.testing.assert_close(torch.tensor(trial.advance(3)), expected, rtol=rtol(case), atol=0)
+
+
+@pytest.mark.parametrize("mode", ["once", "rebuild"])
+def test_a_checkpoint_of_two_ranks_holds_what_trains(two_processes, folder, mode):
+    """The frozen base is apart, whole, and has the fingerprints that one process finds."""
+    case = "llm:qlora:plain" if mode == "once" else "llm:qlora:rebuild"
+    run = tiny_run("llm", "qlora", output=str(folder / case.replace(":", "-")))
+    saved = checkpoint.folder_of(run.output, 3)
+    frozen = {n: p for n, p in Trial.of(run).model.named_parameters() if not p.requires_grad}
+    state = checkpoint.read_state(saved)["frozen"]
+    assert state["fingerprints"] == {name: constants.fingerprint(p) for name, p in frozen.items()}
+    assert not load_file(saved / checkpoint.MODEL).keys() & frozen.keys()
+    stored = list(saved.parent.glob("frozen_*"))
+    assert [path.name for path in stored] == ([state["file"]] if mode == "once" else [])
+    for path in stored:
+        assert all(torch.equal(tensor, frozen[name]) for name, tensor in load_file(path).items())
 
 
 def test_composite_states_are_not_resharded(two_processes, folder):

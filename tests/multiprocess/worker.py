@@ -37,10 +37,13 @@ def variant(run, name: str):
         "stochastic_adamw": ({}, {}),
         "schedule_free_adamw": ({}, {}),
         "in_backward": ({}, {}),
+        "rebuild": ({}, {}),
     }[name]
     run = replace(run, parallel=replace(run.parallel, **parallel), task=replace(run.task, **task))
     if name == "in_backward":
         run = replace(run, optim=replace(run.optim, clip_norm=0.0, in_backward=True))
+    if name == "rebuild":
+        run = replace(run, checkpoint=replace(run.checkpoint, frozen="rebuild"))
     if name in OPTIMIZERS:
         run = replace(run, optim=replace(run.optim, name=name))
         if "embed_dim" in run.model.args and run.task.kind == "classification":

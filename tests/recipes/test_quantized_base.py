@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
-from harness import command_line
+from harness import command_line, write_run
 
 from qrecipes import load_export
 from qrecipes.quant.linear import QuantLinear
@@ -27,36 +28,13 @@ def quantized(tmp_path_factory) -> Path:
     return output
 
 
-def train(folder: Path, quantized: object, *overrides: str, skip: str = '"*.w2"', more: str = "") -> int:
-    (folder / "text.txt").write_text("Once upon a time there was a tiny run. " * 60)
-    config = folder / "run.toml"
-    config.write_text(f"""
-steps = 3
-output = "{folder}/run"
-device = "cpu"
-[model]
-source = "hf:asset:stories260k"
-quantized = "{quantized}"
-{more}
-[data]
-source = "text"
-files = ["{folder}/text.txt"]
-validation_fraction = 0.2
-sequence_length = 32
-batch_size = 2
-[optim]
-lr = 3e-3
-[log]
-progress = false
-[export]
-at_end = true
-[[transform]]
-name = "qa_lora"
-bits = 3
-rank = 4
-quantizer = "gptq"
-skip = [{skip}]
-""")
+def train(
+    folder: Path, quantized: object, *overrides: str, skip: Sequence[str] = ("*.w2",), **args: int
+) -> int:
+    """A run of three steps over the quantized model; its status."""
+    model = {"source": "hf:asset:stories260k", "quantized": str(quantized), "args": args}
+    adapters = {"name": "qa_lora", "bits": 3, "rank": 4, "quantizer": "gptq", "skip": skip}
+    config = write_run(folder, model, adapters, steps=3, optim__lr=3e-3, export__at_end=True)
     return command_line("run", "train", "--config", str(config), *overrides)
 
 
@@ -103,14 +81,14 @@ def test_a_run_from_a_quantized_model_resumes(quantized, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"skip": '"*.w2", "*.w1"'}, "no transform takes layers.0.mlp.w1, layers.1.mlp.w1"),
+        ({"skip": ("*.w2", "*.w1")}, "no transform takes layers.0.mlp.w1, layers.1.mlp.w1"),
         (
-            {"more": "[model.args]\nnum_layers = 3"},
+            {"num_layers": 3},
             "is another model than model.source .*num_layers is 5 there, 3",
         ),
         ({"quantized": "hf:asset:stories260k"}, "has no low-bit layer; use model.weights"),
         (
-            {"skip": ""},
+            {"skip": ()},
             "'gptq' needs calibration text and the whole model, and layers.0.mlp.w2|does not divide",
         ),
     ],

@@ -96,3 +96,23 @@ def test_scores_are_those_of_lm_eval_with_transformers(smollm2, theirs, name):
         # the same log-likelihoods but for rounding: at most one choice in a near tie falls otherwise
         assert abs(found.metrics[metric] - expected[f"{metric},none"]) <= 1.01 / LIMIT
         assert found.stderrs[metric] == pytest.approx(expected[f"{metric}_stderr,none"], abs=0.02)
+
+
+@torch.no_grad()
+def test_mmlu_takes_the_likeliest_letter(smollm2, theirs):
+    """As the paper of QA-LoRA scores: the largest of four logits of transformers' model after the prompt."""
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("lm_eval")
+    encode = transformers.AutoTokenizer.from_pretrained(MODEL).encode
+    letters = [encode(f" {letter}", add_special_tokens=False) for letter in "ABCD"]
+    assert all(len(ids) == 1 for ids in letters)  # a token each, with the space before it
+    found = evaluate_tasks(smollm2.model, smollm2.tokenizer, ["mmlu_stem"], data=DATA, limit=1)
+    right = {}
+    for task in load_tasks(["mmlu_stem"], DATA)[0][0].get_all_tasks():
+        task.set_fewshot_seed(0)
+        row = task.eval_docs[0]
+        ids = encode(task.fewshot_context(row, 5))
+        choices = theirs(torch.tensor([ids])).logits[0, -1, [ids[0] for ids in letters]]
+        right[task.task_name] = int(choices.argmax()) == row["answer"]
+    assert {name: bool(found[name].metrics["acc"]) for name in right} == right
+    assert found["mmlu_stem"].metrics["acc"] == pytest.approx(sum(right.values()) / len(right))

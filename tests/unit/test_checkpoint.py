@@ -118,7 +118,7 @@ def test_checkpoint_of_a_later_format_is_refused(run, trial):
     folder = save(trial, 2)
     state = json.loads((folder / checkpoint.STATE).read_text())
     (folder / checkpoint.STATE).write_text(json.dumps(state | {"format": 99}))
-    with pytest.raises(CheckpointError, match="format 99; this version reads 1"):
+    with pytest.raises(CheckpointError, match="format 99; this version reads 1 to 2"):
         restore(folder, trial)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from harness import command_line
+from harness import command_line, write_run
 from safetensors.torch import load_file
 
 from qrecipes import assets, load_export
@@ -36,32 +36,14 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
     return model(TOKENS)
 
 
-def write_run(folder: Path, source: Path, more: str = "", lr: float = 1e-3) -> Path:
-    (folder / "text.txt").write_text("Once upon a time there was a tiny run. " * 60)
-    config = folder / "run.toml"
-    config.write_text(f"""
-steps = 1
-output = "{folder}/run"
-device = "cpu"
-[model]
-source = "hf:{source}"
-{more}
-[data]
-source = "text"
-files = ["{folder}/text.txt"]
-sequence_length = 32
-batch_size = 2
-[optim]
-lr = {lr}
-[log]
-progress = false
-""")
-    return config
+def write(folder: Path, source: Path, lr: float = 1e-3, **model: object) -> Path:
+    """One step of a run that starts from `source`; its file."""
+    return write_run(folder, {"source": f"hf:{source}", **model}, steps=1, optim__lr=lr)
 
 
 def test_a_run_starts_from_the_weights_and_the_tokenizer_of_its_folder(stories, tmp_path):
     """With a learning rate too small for float32 to see, the run's only step changes nothing."""
-    config = write_run(tmp_path, stories, lr=1e-30)
+    config = write(tmp_path, stories, lr=1e-30)
     assert parse.load(str(config)).tokenizer is None
     assert command_line("run", "train", "--config", str(config)) == 0
     model, run = load_run(tmp_path / "run")
@@ -70,7 +52,7 @@ def test_a_run_starts_from_the_weights_and_the_tokenizer_of_its_folder(stories, 
 
 
 def test_export_outlives_the_folder_it_came_from(stories, tmp_path):
-    config = write_run(tmp_path, stories)
+    config = write(tmp_path, stories)
     assert command_line("run", "train", "--config", str(config)) == 0
     assert command_line("export", str(tmp_path / "run"), "--output", str(tmp_path / "export")) == 0
     trained, _ = load_run(tmp_path / "run")
@@ -96,7 +78,7 @@ def test_export_outlives_the_folder_it_came_from(stories, tmp_path):
 
 def test_export_can_be_trained_on_without_its_source(stories, tmp_path):
     """The run inside an export, too, names nothing outside."""
-    assert command_line("run", "train", "--config", str(write_run(tmp_path, stories))) == 0
+    assert command_line("run", "train", "--config", str(write(tmp_path, stories))) == 0
     command_line("export", str(tmp_path / "run"), "--output", str(tmp_path / "export"))
     shutil.rmtree(stories)
     _, run = load_export_and_run(tmp_path / "export")
@@ -105,9 +87,9 @@ def test_export_can_be_trained_on_without_its_source(stories, tmp_path):
 
 
 def test_shape_alone_is_trained_and_exported(stories, tmp_path):
-    more = 'weights = "random"\n[model.args]\nnum_layers = 2'
     (stories / "model.safetensors").unlink()
-    assert command_line("run", "train", "--config", str(write_run(tmp_path, stories, more))) == 0
+    config = write(tmp_path, stories, weights="random", args={"num_layers": 2})
+    assert command_line("run", "train", "--config", str(config)) == 0
     assert command_line("export", str(tmp_path / "run")) == 0
     folder = tmp_path / "run" / "export" / "huggingface"
     assert json.loads((folder / "config.json").read_text())["num_hidden_layers"] == 2
@@ -126,7 +108,7 @@ def test_a_tokenizer_of_more_tokens_than_embeddings_is_refused(stories):
 
 
 def test_a_run_whose_tokenizer_does_not_fit_is_refused(stories, tmp_path, capsys):
-    config = write_run(tmp_path, stories, 'weights = "random"\n[model.args]\nvocab_size = 500')
+    config = write(tmp_path, stories, weights="random", args={"vocab_size": 500})
     assert command_line("run", "train", "--config", str(config)) == 2
     assert "500" in capsys.readouterr().err
 
@@ -149,7 +131,7 @@ def test_a_file_of_weights_means_its_folder(stories):
 
 
 def test_check_reads_the_config_json_of_a_local_folder(stories, tmp_path, capsys):
-    config = write_run(tmp_path, stories)
+    config = write(tmp_path, stories)
     assert command_line("check", str(config)) == 0
     (stories / "config.json").write_text(
         (stories / "config.json").read_text().replace("LlamaForCausalLM", "MambaForCausalLM")

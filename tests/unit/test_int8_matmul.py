@@ -340,7 +340,7 @@ def check_empty_operands():
 
 
 def check_tma_shapes_and_layouts():
-    for persistent in (False, True):
+    for persistent in (0, 1, 2):
         tiles = Tiles(16, 32, 32, 1, 1, persistent)
         for shape in [(1, 1, 1), (17, 33, 31), (40, 70, 96), (150, 70, 32)]:
             for layout_a, layout_b in [("rows", "columns"), ("slice", "slice"), ("one row", "every other")]:

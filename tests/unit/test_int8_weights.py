@@ -21,7 +21,7 @@ from qrecipes.transforms.base import parameter_bytes
 from qrecipes.transforms.chain import Chain
 from qrecipes.transforms.int8_weights import Int8WeightConfig, Int8WeightLinear, Int8Weights
 
-SETTINGS = [{}, {"group_size": 8}, {"int8_forward": True}]
+SETTINGS = [{}, {"group_size": 8}, {"int8_forward": True, "emulate": True}]
 ROUNDINGS = {torch.float32: 2e-6, torch.bfloat16: 2.0**-6}
 """Relative to the largest value: float32 sums; in bfloat16 the weight is rounded, and the result."""
 
@@ -88,7 +88,7 @@ def test_any_leading_dimensions(shape, setting):
 @pytest.mark.parametrize(("in_features", "out_features"), [(1, 1), (1, 9), (9, 1), (31, 17), (0, 3), (3, 0)])
 @pytest.mark.parametrize("int8_forward", [False, True])
 def test_any_feature_counts(in_features, out_features, int8_forward):
-    layer = swapped(nn.Linear(in_features, out_features), int8_forward=int8_forward)
+    layer = swapped(nn.Linear(in_features, out_features), int8_forward=int8_forward, emulate=True)
     x, grad_y = torch.randn(11, in_features), torch.randn(11, out_features)
     found, plain = products(layer, x, grad_y), products(layer.merged(), x, grad_y)
     for name, value in found.items():
@@ -126,7 +126,7 @@ def test_no_copy_of_the_weight_is_kept_for_backward(setting, compiled):
         ("inductor", torch.bfloat16, {}),
         ("aot_eager", torch.float32, {}),
         ("aot_eager", torch.float32, {"group_size": 8}),
-        ("aot_eager", torch.float32, {"int8_forward": True}),
+        ("aot_eager", torch.float32, {"int8_forward": True, "emulate": True}),
     ],
     ids=str,
 )
@@ -290,6 +290,16 @@ def test_second_derivatives_are_refused():
     x = torch.randn(2, 4, requires_grad=True)
     with pytest.raises(RuntimeError, match=r"create_graph, but .* no second derivative; add it .* skip"):
         torch.autograd.grad(layer(x).sum(), x, create_graph=True)
+
+
+def test_int8_forward_without_tensor_cores_is_refused_unless_emulated():
+    match = r"int8_weights.int8_forward: the device is cpu.*set int8_forward = false, or set emulate = true"
+    with pytest.raises(ConfigError, match=match):
+        Int8Weights(Int8WeightConfig(int8_forward=True)).check_device(torch.device("cpu"))
+    with pytest.raises(ConfigError, match=match):
+        swapped(nn.Linear(16, 16), int8_forward=True)(torch.randn(2, 16))
+    Int8Weights(Int8WeightConfig(int8_forward=True, emulate=True)).check_device(torch.device("cpu"))
+    Int8Weights(Int8WeightConfig()).check_device(torch.device("cpu"))
 
 
 def test_int8_forward_with_groups_is_refused():

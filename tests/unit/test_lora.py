@@ -6,10 +6,10 @@ import math
 
 import pytest
 import torch
+from harness import saved_for_backward
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from torch.autograd.graph import saved_tensors_hooks
 from torchao.quantization import quantize_
 
 from qrecipes.errors import ConfigError
@@ -108,22 +108,12 @@ def test_requantizing_rounds_to_the_base_format_and_loses():
 def test_nothing_of_the_weights_size_is_kept_for_backward(base, dora, compile):
     """The low-bit payload is; a dequantized weight, or B A, would be [96, 160]."""
     layer = adapted(nn.Linear(160, 96), base=base, use_dora=dora, group_size=32)
-    kept: list[torch.Tensor] = []
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        kept.append(tensor)
-        return tensor
-
     x = torch.randn(8, 160, requires_grad=True)
     call = torch.compile(layer, fullgraph=True) if compile else layer
-    with saved_tensors_hooks(pack, lambda tensor: tensor):
-        y = call(x)
-    y.sum().backward()
-    assert kept
+    kept = saved_for_backward(call, x)
     frozen = {parameter.data_ptr() for parameter in layer.base.parameters()}
     large = [t for t in kept if t.numel() >= 96 * 160 and t.data_ptr() not in frozen]
     assert not large
-    assert len(y) == 8
 
 
 @pytest.mark.parametrize("base", ["bf16", "nf4", "int4"])

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from harness import Trial, command_line, tiny_run
+from harness import Trial, command_line, tiny_run, write_run
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -41,36 +41,13 @@ def stories(tmp_path) -> Path:
     return Path(shutil.copytree(assets.resolve("asset:stories260k"), tmp_path / "stories"))
 
 
-def write_run(folder: Path, source: Path, transform: dict, more: str = "") -> Path:
-    """Two steps of a run that starts from `source`; its folder."""
-    (folder / "text.txt").write_text("Once upon a time there was a tiny run. " * 60)
-    lines = "\n".join(f"{key} = {json.dumps(value)}" for key, value in transform.items())
-    config = folder / "run.toml"
-    config.write_text(f"""
-steps = 2
-output = "{folder}/run"
-device = "cpu"
-[model]
-source = "hf:{source}"
-{more}
-[data]
-source = "text"
-files = ["{folder}/text.txt"]
-validation_fraction = 0.2
-sequence_length = 32
-batch_size = 2
-[optim]
-lr = 3e-2
-[log]
-progress = false
-[[transform]]
-{lines}
-""")
-    return config
+def write(folder: Path, source: Path, transform: dict, **model: object) -> Path:
+    """Two steps of a run that starts from `source`; its file."""
+    return write_run(folder, {"source": f"hf:{source}", **model}, transform, optim__lr=3e-2)
 
 
 def trained(tmp_path: Path, stories: Path, transform: dict) -> Path:
-    config = write_run(tmp_path, stories, transform)
+    config = write(tmp_path, stories, transform)
     assert command_line("run", "train", "--config", str(config)) == 0
     return tmp_path / "run"
 
@@ -140,7 +117,7 @@ def test_an_adapter_that_peft_wrote_starts_a_run(stories, tmp_path):
 
 
 def swapped(tmp_path: Path, stories: Path, transform: dict):
-    run = parse.load(str(write_run(tmp_path, stories, transform)))
+    run = parse.load(str(write(tmp_path, stories, transform)))
     model = build(run.model, dtype=torch.float32).eval()
     load_pretrained(model, run.model)
     chain = Chain.from_configs(run.transform)
@@ -164,8 +141,7 @@ def test_written_adapters_load_again_bit_for_bit(exported, kind):
 def test_a_run_goes_on_from_an_adapter(exported, stories, tmp_path):
     run = exported("lora")
     (tmp_path / "second").mkdir()
-    more = f'adapter = "{run}/export/peft"'
-    config = write_run(tmp_path / "second", stories, LORA, more)
+    config = write(tmp_path / "second", stories, LORA, adapter=f"{run}/export/peft")
     assert command_line("run", "train", "--config", str(config)) == 0
     losses = [
         [row["val_loss"] for row in map(json.loads, (folder / "metrics.jsonl").open()) if "val_loss" in row]
@@ -295,7 +271,7 @@ def test_a_run_without_adapters_has_none_to_write(stories, tmp_path):
 
 
 def test_adapters_of_two_ranks_are_refused(stories, tmp_path):
-    run = parse.load(str(write_run(tmp_path, stories, LORA)))
+    run = parse.load(str(write(tmp_path, stories, LORA)))
     configs = (
         LoRAConfig(rank=4, targets=("*.q_proj",)),
         QALoRAConfig(rank=2, group_size=16, targets=("*.k_proj",)),
@@ -314,3 +290,127 @@ def test_a_layer_without_an_adapter_takes_none(stories, tmp_path):
         ConfigError, match=r"1 of 2 adapters have no layer to go to: layers.0.attn.k_proj; widen"
     ):
         chain.load_adapters(model, {"layers.0.attn.q_proj": given, "layers.0.attn.k_proj": given})
+
+
+@pytest.fixture
+def phi3(tmp_path) -> Path:
+    """A random Phi-3 of transformers with the story model's tokenizer: queries, keys and values are one layer
+    there, and gate and up."""
+    transformers = pytest.importorskip("transformers")
+    folder = tmp_path / "phi3"
+    shutil.copytree(assets.resolve("asset:stories260k"), folder)
+    shape = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
+    ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    config = transformers.Phi3Config(**shape, **heads, **ids, sliding_window=None)
+    torch.manual_seed(0)
+    transformers.Phi3ForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+STACKED = {
+    "all": LORA,
+    "dora": LORA | {"use_dora": True},
+    "rslora": LORA | {"use_rslora": True},
+    "queries and values": LORA | {"targets": ["*.q_proj", "*.v_proj", "*.w3", "*.w2"]},
+    "keys": LORA | {"targets": ["*.k_proj"]},
+    "nf4": LORA | {"base": "nf4"},
+    "qa_lora": {"name": "qa_lora", "rank": 4, "group_size": 16},
+}
+
+
+def stirred(tmp_path: Path, source: Path, transform: dict):
+    """A swapped model whose adapters do something, its transforms and run."""
+    model, chain, run = swapped(tmp_path, source, transform)
+    with torch.no_grad():
+        for group in chain.param_groups(model):
+            for parameter in group.params:
+                parameter.mul_(1.1) if parameter.ndim == 1 else parameter.normal_(0, 0.2)
+    return model, chain, run
+
+
+@pytest.mark.parametrize("kind", STACKED)
+def test_adapters_of_stacked_layers_load_again_bit_for_bit(phi3, tmp_path, kind):
+    model, chain, run = stirred(tmp_path, phi3, STACKED[kind])
+    expected = logits(model)
+    peft.save_peft(model, chain, run, tmp_path / "peft")
+    again, chain, run = swapped(tmp_path, phi3, STACKED[kind])
+    assert not torch.equal(logits(again), expected)
+    peft.load_peft(tmp_path / "peft", again, chain, run.model)
+    assert torch.equal(logits(again), expected)
+
+
+@pytest.mark.parametrize("kind", STACKED)
+def test_peft_computes_the_same_logits_with_stacked_layers(phi3, tmp_path, kind):
+    library = pytest.importorskip("peft")
+    transformers = pytest.importorskip("transformers")
+    model, chain, run = stirred(tmp_path, phi3, STACKED[kind])
+    expected = logits(model)
+    folder = peft.save_peft(model, chain, run, tmp_path / "peft")
+    name = library.PeftConfig.from_pretrained(folder).base_model_name_or_path
+    plain = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+    base = plain(TOKENS).logits.detach()
+    found = library.PeftModel.from_pretrained(plain, folder).eval()(TOKENS).logits.detach()
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)  # float32 sums in another order
+    assert (found - base).abs().max() > 100 * (found - expected).abs().max()
+
+
+def test_rows_of_stacked_adapters_are_those_of_the_product(phi3, tmp_path):
+    """Without peft: B A of what is written, times its scaling, against each layer's own."""
+    model, chain, run = stirred(tmp_path, phi3, LORA)
+    own = {fqn: layer.adapter() for fqn, layer in chain.transforms[0].layers(model).items()}
+    folder = peft.save_peft(model, chain, run, tmp_path / "peft")
+    tensors = load_file(folder / peft.TENSORS)
+    described = json.loads((folder / peft.CONFIG).read_text())
+    name = "model.layers.1.self_attn.qkv_proj"
+    a, b = (tensors[f"base_model.model.{name}.lora_{part}.weight"] for part in "AB")
+    scaling = described["alpha_pattern"][name] / described["rank_pattern"][name]
+    assert a.shape == (12, 64)
+    adapters = [own[f"layers.1.attn.{part}_proj"] for part in "qkv"]
+    expected = torch.cat([adapter.scaling * adapter.b @ adapter.a for adapter in adapters])
+    torch.testing.assert_close(scaling * b @ a, expected, rtol=0, atol=1e-6)  # sums of 12 terms, not 4
+    assert "model.layers.1.mlp.down_proj" not in described["rank_pattern"]
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_a_stacked_adapter_that_peft_wrote_starts_a_run(phi3, tmp_path, use_dora):
+    """peft has one A for queries, keys and values; each of ours gets a copy, and its rows of B."""
+    library = pytest.importorskip("peft")
+    transformers = pytest.importorskip("transformers")
+    plain = transformers.AutoModelForCausalLM.from_pretrained(phi3, dtype=torch.float32)
+    names = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
+    wanted = library.LoraConfig(r=4, lora_alpha=8, use_dora=use_dora, target_modules=names)
+    adapted = library.get_peft_model(plain, wanted).eval()
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.2)
+    adapted.save_pretrained(tmp_path / "theirs")
+    model, chain, run = swapped(tmp_path, phi3, LORA | {"use_dora": use_dora})
+    peft.load_peft(tmp_path / "theirs", model, chain, run.model)
+    theirs = adapted(TOKENS).logits.detach()
+    torch.testing.assert_close(logits(model), theirs, rtol=1e-4, atol=1e-4)  # float32 sums
+    layer = model.get_submodule("layers.0.attn.q_proj")
+    assert torch.equal(layer.lora_a, model.get_submodule("layers.0.attn.k_proj").lora_a)
+
+
+def test_stacked_adapters_that_do_not_fit_are_refused(phi3, tmp_path):
+    model, chain, run = stirred(tmp_path, phi3, LORA)
+    folder = peft.save_peft(model, chain, run, tmp_path / "peft")
+    fewer, chain, run = swapped(tmp_path, phi3, LORA | {"skip": ["*.k_proj"]})
+    with pytest.raises(WeightsError, match=r"qkv_proj: also adapts layers.0.attn.k_proj, .*widen them"):
+        peft.load_peft(folder, fewer, chain, run.model)
+    model, chain, run = swapped(tmp_path, phi3, LORA)
+    described = json.loads((folder / peft.CONFIG).read_text())
+    change(folder, rank_pattern={})
+    with pytest.raises(WeightsError, match=r"has (8|12) rows, and adapter_config.json says rank 4"):
+        peft.load_peft(folder, model, chain, run.model)
+    change(folder, **described | {"r": 12, "lora_alpha": 24.0})
+    with pytest.raises((ConfigError, WeightsError), match=r"rank 12|another rank"):
+        peft.load_peft(folder, model, chain, run.model)
+
+
+def test_magnitudes_of_a_part_of_a_stacked_layer_are_not_written(phi3, tmp_path):
+    model, chain, run = swapped(tmp_path, phi3, LORA | {"use_dora": True, "skip": ["*.k_proj"]})
+    with pytest.raises(ExportError, match=r"qkv_proj is .* of which layers.0.attn.k_proj has no adapter"):
+        peft.save_peft(model, chain, run, tmp_path / "peft")

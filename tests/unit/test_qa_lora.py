@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from harness import Trial, predict, tiny_run
+from harness import Trial, predict, saved_for_backward, tiny_run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from torch.autograd.graph import saved_tensors_hooks
 
 from qrecipes.errors import ConfigError
 from qrecipes.export.integer_zeros import round_zeros_, with_integer_zeros
@@ -167,18 +166,9 @@ def test_integer_zeros_are_nearest_and_fit_the_bits():
 @pytest.mark.parametrize("compile", [False, True])
 def test_nothing_of_the_weights_size_is_kept_for_backward(compile):
     layer = adapted(nn.Linear(160, 96), group_size=32)
-    kept: list[torch.Tensor] = []
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        kept.append(tensor)
-        return tensor
-
     x = torch.randn(8, 160, requires_grad=True)
     call = torch.compile(layer, fullgraph=True) if compile else layer
-    with saved_tensors_hooks(pack, lambda tensor: tensor):
-        y = call(x)
-    y.sum().backward()
-    assert kept
+    kept = saved_for_backward(call, x)
     assert max(t.numel() for t in kept) < 96 * 160
     assert x.grad is not None
 

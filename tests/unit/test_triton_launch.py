@@ -1,0 +1,105 @@
+"""Launches of kernels by what was compiled before: when they may skip Triton's own binding of arguments."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton", reason="launches Triton's kernels")
+
+from qrecipes.quant import triton_launch  # noqa: E402
+from qrecipes.quant.triton_launch import Launcher  # noqa: E402
+
+
+class Recorder:
+    """Stands in for a Triton function, for what it compiles and for the driver."""
+
+    def __init__(self) -> None:
+        self.bound: list[tuple[Any, ...]] = []
+        self.run_with: list[tuple[Any, ...]] = []
+        self.function, self.packed_metadata = "function", "metadata"
+
+    def __getitem__(self, grid):
+        def bind(*arguments, **named):
+            self.bound.append((grid, arguments, named))
+            return self
+
+        return bind
+
+    def run(self, *arguments):
+        self.run_with.append(arguments)
+
+
+@pytest.fixture
+def recorder(monkeypatch):
+    driver = SimpleNamespace(get_current_device=lambda: 0, get_current_stream=lambda device: "stream")
+    monkeypatch.setattr(triton.runtime.driver, "_active", driver)
+    monkeypatch.setattr(triton_launch, "JITFunction", Recorder)
+    monkeypatch.setattr(triton_launch, "_FAST", True)
+    return Recorder()
+
+
+def test_equal_arguments_are_bound_once_and_then_run_with_the_constants_last(recorder):
+    launch = Launcher(recorder, {"BLOCK": 16, "WHOLE": True}, num_warps=2)
+    tensors = [torch.zeros(64), torch.ones(64)]
+    for t in tensors:
+        launch(3, t, None, 7, float(t[0]))  # floats may differ
+    assert len(recorder.bound) == 1
+    assert recorder.bound[0][0] == (3,)
+    assert recorder.bound[0][2] == {"BLOCK": 16, "WHOLE": True, "num_warps": 2}
+    ((*grid, stream, function, metadata, _, enter, leave, t, none, seven, one, block, whole),) = (
+        recorder.run_with
+    )
+    assert (grid, stream, function, metadata) == ([3, 1, 1], "stream", "function", "metadata")
+    assert t is tensors[1]
+    assert (enter, leave, none, seven, one, block, whole) == (None, None, None, 7, 1.0, 16, True)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        (torch.zeros(64, dtype=torch.bfloat16), 7),
+        (torch.zeros(65)[1:], 7),
+        (torch.zeros(64), 8),
+        (None, 7),
+        (torch.zeros(64), None),
+    ],
+    ids=["type", "alignment", "integer", "no tensor", "no integer"],
+)
+def test_whatever_triton_may_specialize_for_is_bound_anew(recorder, other):
+    launch = Launcher(recorder, {})
+    launch(1, torch.zeros(64), 7)
+    launch(1, *other)
+    assert len(recorder.bound) == 2
+    assert recorder.run_with == []
+
+
+def test_hooks_that_wait_for_launches_are_not_passed_over(recorder, monkeypatch):
+    launch = Launcher(recorder, {})
+    launch(1, 7)
+    hook = lambda metadata: None  # noqa: E731
+    triton.knobs.runtime.launch_enter_hook.add(hook)
+    try:
+        launch(1, 7)
+    finally:
+        triton.knobs.runtime.launch_enter_hook.remove(hook)
+    assert len(recorder.bound) == 2
+
+
+def test_versions_of_triton_that_were_not_tried_bind_every_time(recorder, monkeypatch):
+    monkeypatch.setattr(triton_launch, "_FAST", False)
+    launch = Launcher(recorder, {})
+    launch(1, 7)
+    launch(1, 7)
+    assert len(recorder.bound) == 2
+
+
+def test_many_shapes_do_not_pile_up(recorder, monkeypatch):
+    monkeypatch.setattr(triton_launch, "KEPT", 3)
+    launch = Launcher(recorder, {})
+    for size in range(20):
+        launch(1, size)
+    assert len(launch._compiled) <= 3
