@@ -24,8 +24,8 @@ def schema() -> dict[str, Any]:
     run = definitions.pop("Run")
     definitions.pop("TransformConfig")
     for name in methods:
-        inherited = _inherited(REGISTRY[name].Config)
-        definitions[name] = _method_table(name, definitions[_target(refs[name, "validation"])], inherited)
+        shared = _inherited(REGISTRY[name].Config)
+        definitions[name] = _method_table(name, definitions[_target(refs[name, "validation"])], shared)
     for name in methods:
         definitions.pop(_target(refs[name, "validation"]), None)
     run["properties"]["transform"]["items"] = {
@@ -52,6 +52,8 @@ def meanings(cls: type) -> dict[str, str]:
     """The keys of a section's or method's table, each with its choices or the first sentence of its
     documentation."""
     properties = TypeAdapter(cls).json_schema()["properties"]
+    inherited = _inherited(cls)
+    properties = {key: inherited.get(key, {}) | node for key, node in properties.items()}
     return {
         key: f"one of {', '.join(map(str, node['enum']))}"
         if "enum" in node
@@ -78,22 +80,20 @@ def _required_unless_extending(run: dict[str, Any], definitions: dict[str, Any])
     }
 
 
-def _inherited(config: type) -> dict[str, str]:
-    """Documentation of the keys that a class has from the classes it is derived from.
-
-    pydantic reads that of a class's own fields only.
-    """
-    found: dict[str, str] = {}
-    for base in reversed(config.__mro__[1:]):
+def _inherited(cls: type) -> dict[str, Any]:
+    """The schema of every field that `cls` inherits, as its own class describes it: pydantic reads the
+    documentation of a class's own fields only."""
+    found: dict[str, Any] = {}
+    for base in reversed(cls.__mro__[1:]):
         if is_dataclass(base):
-            properties = _clean(TypeAdapter(base).json_schema())["properties"]
-            found |= {key: node["description"] for key, node in properties.items() if "description" in node}
-    return found
+            own = TypeAdapter(base).json_schema().get("properties", {})
+            found |= {key: node for key, node in own.items() if key in vars(base).get("__annotations__", {})}
+    return _clean({"properties": found})["properties"]
 
 
-def _method_table(name: str, config: dict[str, Any], inherited: dict[str, str]) -> dict[str, Any]:
+def _method_table(name: str, config: dict[str, Any], shared: dict[str, Any]) -> dict[str, Any]:
     properties = {
-        key: {"description": inherited[key], **node} if key in inherited else node
+        key: {"description": shared[key]["description"], **node} if key in shared else node
         for key, node in config["properties"].items()
     }
     return {

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ from qrecipes.quant.frozen_int8 import frozen_int8_linear
 from qrecipes.quant.linear import QuantLinear
 from qrecipes.quant.primitives import sqnr_db
 from qrecipes.transforms.chain import Chain
-from qrecipes.transforms.frozen import AdaptedLinear
+from qrecipes.transforms.frozen import AdaptedLinear, noise_of_both
 from qrecipes.transforms.lora import LoRAConfig
 from qrecipes.transforms.qa_lora import QALoRAConfig
 
@@ -97,23 +99,33 @@ def test_near_the_exact_products(kind, dtype):
     assert not torch.equal(exact, y)
 
 
-def test_compiled_equals_eager_and_keeps_only_what_is_stored():
+@pytest.mark.parametrize("compile", [False, True])
+def test_only_what_is_stored_is_kept(compile):
     layer = frozen("int4", 64, 48, True)
     x = torch.randn(24, 64, requires_grad=True)
+    call = partial(frozen_int8_linear, layer=layer)
+    if compile:
+        call = torch.compile(call, fullgraph=True, backend="aot_eager_decomp_partition")
     kept: list[torch.Tensor] = []
-    compiled = torch.compile(
-        lambda x: frozen_int8_linear(x * 2, layer), fullgraph=True, backend="aot_eager_decomp_partition"
-    )
     with saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        y = compiled(x)
-    own = {p.data_ptr() for p in layer.parameters()}
+        call(x)
     assert kept
-    assert all(t.data_ptr() in own for t in kept)
-    (grad,) = torch.autograd.grad(y.sum(), x)
-    expected = frozen_int8_linear(x * 2, layer)
+    assert {t.data_ptr() for t in kept} <= {p.data_ptr() for p in layer.parameters()}
+
+
+def test_compiled_equals_eager():
+    layer = frozen("int4", 64, 48, True)
+    x = torch.randn(24, 64, requires_grad=True)
+
+    def twice(x: torch.Tensor) -> torch.Tensor:
+        return frozen_int8_linear(x * 2, layer)
+
+    found = torch.compile(twice, fullgraph=True, backend="aot_eager_decomp_partition")(x)
+    (grad,) = torch.autograd.grad(found.sum(), x)
+    expected = twice(x)
     (expected_grad,) = torch.autograd.grad(expected.sum(), x)
     # a compiled division may be off by the last bit, and rounding by it: one step of 127 in a few places
-    assert sqnr_db(expected, y.detach()) > 40
+    assert sqnr_db(expected, found) > 40
     assert sqnr_db(expected_grad, grad) > 40
 
 
@@ -152,6 +164,11 @@ def test_probe_holds_layers_to_both_roundings(config):
     Chain.from_configs([config]).swap(model, loss=lambda m: m(x).square().mean())
 
 
+def test_noise_of_two_roundings_adds_up():
+    assert noise_of_both(20.0, 20.0) == pytest.approx(20 - 10 * math.log10(2))
+    assert noise_of_both(12.0, 200.0) == pytest.approx(12.0)
+
+
 def test_probe_tells_that_int8_is_not_on(monkeypatch):
     model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 48))
     x = torch.randn(32, 64)
@@ -163,7 +180,7 @@ def test_probe_tells_that_int8_is_not_on(monkeypatch):
 def test_without_tensor_cores_it_is_refused():
     config = LoRAConfig(base_compute="int8")
     chain = Chain.from_configs([config])
-    with pytest.raises(ConfigError, match="emulate"):
+    with pytest.raises(ConfigError, match=r"lora\.base_compute: .*emulate"):
         chain.check_device(torch.device("cpu"))
     layer = chain.swap(nn.Sequential(nn.Linear(16, 16)))
     with pytest.raises(ConfigError, match="emulate"):
