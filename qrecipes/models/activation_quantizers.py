@@ -212,6 +212,11 @@ def quantized_modules(model: nn.Module) -> dict[str, nn.Module]:
     return {quantizer.name: module for module, quantizer in _quantizers(model)}
 
 
+def quantizers_of(module: nn.Module) -> dict[str, ActivationQuantizer]:
+    """The quantizers on one module itself, by the activation's key."""
+    return {quantizer.key: quantizer for quantizer in _on(module)}
+
+
 @contextmanager
 def suspended(*quantizers: ActivationQuantizer | None) -> Iterator[None]:
     """Within, the quantizers do nothing."""
@@ -253,13 +258,14 @@ def _insert(point: Point, scheme: ActivationScheme) -> None:
 
 
 def _quantizers(model: nn.Module) -> Iterator[tuple[nn.Module, ActivationQuantizer]]:
-    for module in model.modules():
-        for hook in [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]:
-            quantizer = getattr(hook, "__self__", None)
-            if isinstance(quantizer, ActivationQuantizer):
-                yield module, quantizer
-        call = vars(module).get("_attention_call")
-        if isinstance(call, _AttentionCall):
-            for quantizer in (call.query, call.key):
-                if quantizer is not None:
-                    yield module, quantizer
+    return ((module, quantizer) for module in model.modules() for quantizer in _on(module))
+
+
+def _on(module: nn.Module) -> Iterator[ActivationQuantizer]:
+    for hook in [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]:
+        quantizer = getattr(hook, "__self__", None)
+        if isinstance(quantizer, ActivationQuantizer):
+            yield quantizer
+    call = vars(module).get("_attention_call")
+    if isinstance(call, _AttentionCall):
+        yield from (quantizer for quantizer in (call.query, call.key) if quantizer is not None)
