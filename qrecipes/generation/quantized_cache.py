@@ -160,8 +160,8 @@ class CachePlan:
         """The plan of an attention layer called `fqn`.
 
         Raises:
-            ConfigError: if the bits are out of range, others than the layer quantizes its keys or values to, or
-                "model" and it quantizes one of them not at all; or its grids have no integers.
+            ConfigError: if the bits are out of range, others than the layer quantizes its keys or values to,
+                or "model" and it quantizes one of them not at all; or its grids have no integers.
         """
         if bits != "model" and not MIN_BITS <= bits <= MAX_BITS:
             raise ConfigError(f"kv_bits: {bits} is out of range; use {MIN_BITS} to {MAX_BITS}")

@@ -12,6 +12,7 @@ In a timm block without a gate, `u` is the output of fc1, and `mm` the input of 
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -44,6 +45,8 @@ class Point:
     """Heads that lie side by side in the last dimension; 0 where it is one head or has none."""
     part: int | None = None
     """Which third of the last dimension, of a projection to queries, keys and values at once."""
+    feeds: tuple[str, ...] = ()
+    """Fully qualified names of the linear layers that the tensor is the input of."""
 
     @property
     def name(self) -> str:
@@ -115,11 +118,22 @@ def _point(key: str, fqn: str, block: Any) -> Point:
 
 
 def _norm(key: str, fqn: str, block: nn.Module) -> Point:
-    for name in ("sa_norm", "norm1") if key == "na" else ("mlp_norm", "norm2"):
-        norm = getattr(block, name, None)
-        if isinstance(norm, nn.Module):
-            return Point(key, f"{fqn}.{name}", norm, "output")
-    raise _missing(key, fqn, block)
+    first = key == "na"
+    if hasattr(block, "sa_norm") and hasattr(block, "mlp_norm"):
+        name, inner = ("sa_norm", "attn") if first else ("mlp_norm", "mlp")
+    elif _is_timm_block(block):
+        name, inner = ("norm1", "attn") if first else ("norm2", "mlp")
+    else:
+        raise _missing(key, fqn, block)
+    layers = ("q_proj", "k_proj", "v_proj", "qkv", "w1", "w3", "fc1")
+    feeds = (f"{fqn}.{inner}.{layer}" for layer in layers if getattr(getattr(block, inner), layer, None))
+    return Point(key, f"{fqn}.{name}", getattr(block, name), "output", feeds=tuple(feeds))
+
+
+def _is_timm_block(block: nn.Module) -> bool:
+    """Whether it is timm's block that norms before its layers: others call `norm1` what comes after them."""
+    timm = sys.modules.get("timm.models.vision_transformer")
+    return timm is not None and isinstance(block, timm.Block)
 
 
 def _of_mlp(key: str, fqn: str, block: nn.Module, mlp: Any) -> Point:
@@ -130,7 +144,8 @@ def _of_mlp(key: str, fqn: str, block: nn.Module, mlp: Any) -> Point:
     layer = getattr(mlp, names.get(key, ""), None)
     if layer is None:
         raise _missing(key, fqn, block if mlp is None else mlp)
-    return Point(key, f"{fqn}.{names[key]}", layer, place)
+    name = f"{fqn}.{names[key]}"
+    return Point(key, name, layer, place, feeds=(name,) if place == "input" else ())
 
 
 def _of_attention(key: str, fqn: str, attention: Any) -> Point:
@@ -141,8 +156,10 @@ def _of_attention(key: str, fqn: str, attention: Any) -> Point:
         return Point(key, fqn, attention, "query" if key == "qe" else "key")
     name = {"ao": "output_proj", "o": "output_proj"}.get(key, f"{key}_proj")
     heads = {"q": attention.num_heads, "ao": attention.num_heads, "o": 0}.get(key, attention.num_kv_heads)
-    place: Place = "input" if key == "ao" else "output"
-    return Point(key, f"{fqn}.{name}", getattr(attention, name), place, heads)
+    if key == "ao":
+        fed = f"{fqn}.{name}"
+        return Point(key, fed, attention.output_proj, "input", heads, feeds=(fed,))
+    return Point(key, f"{fqn}.{name}", getattr(attention, name), "output", heads)
 
 
 def _of_fused_attention(key: str, fqn: str, attention: Any) -> Point:
@@ -152,10 +169,11 @@ def _of_fused_attention(key: str, fqn: str, attention: Any) -> Point:
         if not isinstance(getattr(attention, name, None), nn.Module) or not _calls(attention, name):
             raise _no_hook(key, fqn, attention, name)
         return Point(key, f"{fqn}.{name}", getattr(attention, name), "output")
-    if key in ("ao", "o"):
-        place: Place = "input" if key == "ao" else "output"
-        heads = attention.num_heads if key == "ao" else 0
-        return Point(key, f"{fqn}.proj", attention.proj, place, heads)
+    if key == "o":
+        return Point(key, f"{fqn}.proj", attention.proj, "output")
+    if key == "ao":
+        fed = f"{fqn}.proj"
+        return Point(key, fed, attention.proj, "input", attention.num_heads, feeds=(fed,))
     if getattr(attention.qkv, "out_features", 1) % (3 * attention.num_heads):
         raise _missing(key, f"{fqn}.qkv", attention.qkv)
     return Point(key, f"{fqn}.qkv", attention.qkv, "output", attention.num_heads, "qkv".index(key))

@@ -151,7 +151,8 @@ def insert_activation_quantizers(
     Modules and blocks of which `left_alone(fully qualified name)` is true stay as they are.
 
     Raises:
-        ConfigError: if a block lacks a point of the pattern, or one is quantized already; nothing is changed.
+        ConfigError: if a block lacks a point of the pattern, or one is quantized already, by a quantizer or
+            by the layer that it is the input of (one whose `input_format` is not None); nothing is changed.
     """
     points = activation_points(model, scheme.pattern, left_alone)
     present = {quantizer.name for _, quantizer in _quantizers(model)}
@@ -160,6 +161,12 @@ def insert_activation_quantizers(
             raise ConfigError(
                 f"{point.name}: is quantized already; leave {point.key} out of one of the patterns"
             )
+        for fqn in point.feeds:
+            if getattr(model.get_submodule(fqn), "input_format", None) is not None:
+                raise ConfigError(
+                    f"{point.name}: {fqn} quantizes its input itself, and twice is not as once; leave "
+                    f"{point.key} out of the pattern"
+                )
     for point in points:
         _insert(point, scheme)
     return model

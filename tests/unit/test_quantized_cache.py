@@ -11,9 +11,8 @@ from torch import nn
 from qrecipes.config.run import ModelSection
 from qrecipes.data.tokenizers import BytesTokenizer
 from qrecipes.errors import ConfigError
-from qrecipes.generation import Generator, Sampling, generate_batch
+from qrecipes.generation import Generator, Sampling, generate_batch, quantized_cache
 from qrecipes.generation import cache as cache_module
-from qrecipes.generation import quantized_cache
 from qrecipes.generation.cache import CachedDecoder, forward
 from qrecipes.models.activation_quantizers import activation_quantizers, quantize_activations
 from qrecipes.models.build import build
@@ -74,9 +73,8 @@ ROWS = [list(range(5, 30)), list(range(90, 106))]
 @pytest.mark.parametrize("family", FAMILIES)
 def test_generation_over_the_cache_computes_what_the_model_does_without_one(family, case):
     pattern, options = CASES[case]
-    if family == "gemma2":
-        if "ke" in pattern or isinstance(pattern, str):
-            pytest.skip("gemma2's attention has no hook for ke")
+    if family == "gemma2" and ("ke" in pattern or isinstance(pattern, str)):
+        pytest.skip("gemma2's attention has no hook for ke")
     model = quantize_activations(decoder(family), pattern, **options)
     found = over_cache(model, ROWS, 6, "model")
     for row, ids in enumerate(ROWS):
