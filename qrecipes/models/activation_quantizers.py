@@ -237,7 +237,7 @@ def activation_quantizers(model: nn.Module) -> dict[str, ActivationQuantizer]:
 
 
 def quantized_modules(model: nn.Module, keys: Collection[str]) -> dict[str, nn.Module]:
-    """The modules that give or take activations called `keys` which are quantized, by the activation's name."""
+    """The modules that give or take a quantized activation called one of `keys`, by the activation's name."""
     return {quantizer.name: module for module, quantizer in _quantizers(model) if quantizer.key in keys}
 
 
