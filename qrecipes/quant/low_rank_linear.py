@@ -71,20 +71,21 @@ class LowRankRoundedLinear(torch.autograd.Function):
         """Gradients of x, A, B, scales, zero points and bias, of those that need one."""
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError(
-                "LowRankRoundedLinear: a gradient is taken with create_graph, but what passes straight through "
-                "a rounding has no second derivative; leave the layer out"
+                "LowRankRoundedLinear: a gradient is taken with create_graph, but what passes straight "
+                "through a rounding has no second derivative; leave the layer out"
             )
-        x, *parts = ctx.saved_tensors
+        x, phi, a_NR, b_RK, scale_NG, zero_NG = ctx.saved_tensors
+        parts = phi, a_NR, b_RK, scale_NG, zero_NG, ctx.rounding
         needs_x, _, needs_a, needs_b, needs_scale, needs_zero, needs_bias, _ = ctx.needs_input_grad
         dy_TN = _matrix(grad_y)
         grad_x = d_a = d_b = d_scale = d_zero = grad_bias_N = None
         if needs_x:
-            grad_x = low_rank_mm_grad_input(dy_TN, *parts, ctx.rounding).reshape(x.shape)
+            grad_x = low_rank_mm_grad_input(dy_TN, *parts).reshape(x.shape)
         if needs_a or needs_b or needs_scale or needs_zero:
-            grads = low_rank_linear_grads(dy_TN, _matrix(x), *parts, ctx.rounding)
+            grads = low_rank_linear_grads(dy_TN, _matrix(x), *parts)
             d_a, d_b, d_scale, d_zero = (
                 None if grad is None else grad.to(part.dtype)
-                for grad, part in zip(grads, parts[1:], strict=True)
+                for grad, part in zip(grads, (a_NR, b_RK, scale_NG, zero_NG), strict=True)
             )
         if needs_bias:
             grad_bias_N = dy_TN.sum(0, dtype=_at_least_float32(dy_TN.dtype)).to(dy_TN.dtype)

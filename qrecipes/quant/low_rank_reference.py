@@ -48,7 +48,7 @@ def low_rank_weight_reference(
     """`low_rank_weight` in plain PyTorch."""
     w_NK = phi.new_empty((phi.shape[0], rounding.in_features), dtype=dtype)
     zero_NG = None if zero_NG is None else integer_zeros(zero_NG, rounding)
-    for rows in _row_slices(*w_NK.shape, CHUNK_ELEMENTS):
+    for rows in _row_slices(phi.shape[0], rounding.in_features, CHUNK_ELEMENTS):
         rounded_NK = _rounded(phi[rows], _rows_of(a_NR, rows), b_RK, rounding)
         scale_NG1 = scale_NG[rows].to(_arithmetic(scale_NG, dtype)).unsqueeze(-1)
         q_NGS = grouped("scale_NG", rounded_NK.clamp(*rounding.levels), scale_NG[rows])
@@ -67,7 +67,7 @@ def low_rank_integers_reference(
 ) -> Tensor:
     """`low_rank_integers` in plain PyTorch."""
     q_NK = phi.new_empty((phi.shape[0], rounding.in_features), dtype=torch.int8)
-    for rows in _row_slices(*q_NK.shape, CHUNK_ELEMENTS):
+    for rows in _row_slices(phi.shape[0], rounding.in_features, CHUNK_ELEMENTS):
         rounded_NK = _rounded(phi[rows], _rows_of(a_NR, rows), b_RK, rounding)
         numbers_NK = torch.where(rounded_NK.isnan(), 0.0, rounded_NK)
         q_NK[rows] = numbers_NK.clamp(*rounding.levels).to(torch.int8)

@@ -6,21 +6,21 @@ T tokens, N output features (rows), K input features, G groups of a row with a s
     Q     = clip(rnd(Z), -2**(bits-1), 2**(bits-1) - 1)
     W_hat = s * (Q - z)                              s, z [N, G]; z = 0 where symmetric
 
-rnd rounds half to even, then is clipped. Levels are signed also where a grid is asymmetric: the unsigned ones,
-0 to 2**bits - 1, are u = Q + 2**(bits-1). The zero point is a float that is trained, and rounded and clipped
-as Z is whenever it is used, so that Q, s and rnd(z) are an affine payload of `AffineFormat`, bit for bit (5 to
-7 bits in one of 8). phi is W / s0 + rnd(z0), of a scale and zero point frozen at the start. Without A and B
-(rank 0) only scales and zero points train, as in PEQA (arXiv 2305.14152).
+rnd rounds half to even, then is clipped. Levels are signed also where a grid is asymmetric: the unsigned
+ones, 0 to 2**bits - 1, are u = Q + 2**(bits-1). The zero point is a float that is trained, and rounded and
+clipped as Z is whenever it is used, so that Q, s and rnd(z) are an affine payload of `AffineFormat`, bit
+for bit (5 to 7 bits in one of 8). phi is W / s0 + rnd(z0), of a scale and zero point frozen at the start.
+Without A and B (rank 0) only scales and zero points train, as in PEQA (arXiv 2305.14152).
 
 Gradients, for g = dL/dW_hat and M = [rnd(Z) within the levels], with rnd passed straight through:
 
     dA = scaling * H B^T     dB = scaling * A^T H     H = s * g * M
     ds = sum of g * (Q - z)  dz = -s * sum of g, over the scale's group; dz is 0 where rnd(z) is clipped
 
-On CUDA Triton kernels compute all of this, with one division into tiles: W_hat, Q and M come from the same bits
-of Z. Those can differ from the reference's in `low_rank_reference.py` by the order in which A B is summed, and so
-Q differs where Z is within a few units in its last place of a half; where A B is 0, nothing differs. Weights
-should therefore be fused on the device that trained them.
+On CUDA Triton kernels compute all of this, with one division into tiles: W_hat, Q and M come from the same
+bits of Z. Those can differ from the reference's in `low_rank_reference.py` by the order in which A B is
+summed, and so Q differs where Z is within a few units in its last place of a half; where A B is 0, nothing
+differs. Weights should therefore be fused on the device that trained them.
 """
 
 from __future__ import annotations

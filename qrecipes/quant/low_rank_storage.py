@@ -80,8 +80,9 @@ def encode(levels_NK: Tensor, rounding: LowRankRounding) -> Tensor:
     """phi of W / s0, or of W / s0 + rnd(z0): exact levels [N, K], floating.
 
     In fixed point and as integers they are clipped to the grid and rounded half to even. Rounding what is
-    decoded then rounds twice: in fixed point one weight of 2**(8-bits) becomes an exact half, and half of these
-    go to the other side. Floating storage is only cast. What is not a number becomes 0, but stays in floats.
+    decoded then rounds twice: in fixed point one weight of 2**(8-bits) becomes an exact half, and half of
+    these go to the other side. Floating storage is only cast. What is not a number becomes 0, but stays in
+    floats.
 
     Raises:
         ValueError: if `levels_NK` is not a floating matrix of `in_features` columns.
