@@ -1,11 +1,11 @@
 """Triton kernels of weights with a low-rank correction inside their rounding, and their launches; imported
 only where Triton is installed.
 
-N output features (rows), K input features, G groups of a row, R rank. All kernels cut a weight into the same
-tiles, of BLOCK_N rows and of columns of one group, and form Z there by the same instructions, so that they
-round the same bits. What is summed over several tiles is written in parts, which torch adds up in their order:
-there are no atomics, and results repeat bit for bit. Products and sums are rounded by themselves
-(`enable_fp_fusion=False`); tensor cores add up A B in float32.
+N output features (rows), K input features, G groups of a row, R rank. All kernels cut a weight into the
+same tiles, of BLOCK_N rows and of columns of one group, and form Z there by the same instructions, so that
+they round the same bits. What is summed over several tiles is written in parts, which torch adds up in
+their order: there are no atomics, and results repeat bit for bit. Products and sums are rounded by
+themselves (`enable_fp_fusion=False`); tensor cores add up A B in float32.
 """
 
 # mypy: disable-error-code="assignment,has-type,var-annotated"
