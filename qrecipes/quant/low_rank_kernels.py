@@ -22,7 +22,7 @@ from torch import Tensor
 
 from qrecipes.quant.low_rank_storage import LowRankRounding
 
-BLOCK_N, MOST_BLOCK_K, NUM_WARPS = 64, 128, 4
+BLOCK_N, MOST_BLOCK_K, NUM_WARPS = 64, 128, 8
 LEAST_BLOCK, MOST_BLOCK_R = 16, 64
 """Tensor cores take 16 at least. A higher rank than the second is cut into blocks."""
 GRADIENT_PROGRAMS = 512
