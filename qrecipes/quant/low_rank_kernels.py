@@ -239,6 +239,8 @@ def _clip(rounded, BITS: tl.constexpr):  # type: ignore[no-untyped-def]
 @triton.jit
 def _rounded_tile(  # type: ignore[no-untyped-def]
     phi_ptr,
+    a,
+    b,
     a_ptr,
     b_ptr,
     rows,
@@ -256,15 +258,18 @@ def _rounded_tile(  # type: ignore[no-untyped-def]
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """rnd(Z) of a tile, not clipped."""
+    """rnd(Z) of a tile, not clipped; `a` and `b` are used where the rank has one block."""
     z = _levels(phi_ptr, rows, first, end, N, phi_stride, STORAGE, BITS, BLOCK_K)
     if RANK_BLOCKS > 0:
-        cols = first + tl.arange(0, BLOCK_K)
         product = tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.float32)
-        for block in tl.static_range(RANK_BLOCKS):
-            a = _load_a(a_ptr, rows, block, N, R, BLOCK_R)
-            b = _load_b(b_ptr, cols, end, block, K, R, BLOCK_R)
+        if RANK_BLOCKS == 1:
             product = tl.dot(a, b, product, input_precision="ieee")
+        else:
+            cols = first + tl.arange(0, BLOCK_K)
+            for block in tl.static_range(RANK_BLOCKS):
+                a_block = _load_a(a_ptr, rows, block, N, R, BLOCK_R)
+                b_block = _load_b(b_ptr, cols, end, block, K, R, BLOCK_R)
+                product = tl.dot(a_block, b_block, product, input_precision="ieee")
         z += product * scaling
     return _round(z, BITS)
 
@@ -302,8 +307,13 @@ def _weight_kernel(  # type: ignore[no-untyped-def]
     tile = tl.program_id(0) % TILES_OF_ROW
     rows = tl.program_id(0) // TILES_OF_ROW * BLOCK_N + tl.arange(0, BLOCK_N)
     first, end, group = _columns(tile, K, GROUP, TILES_OF_GROUP, BLOCK_K)
+    cols = first + tl.arange(0, BLOCK_K)
+    a = _load_a(a_ptr, rows, 0, N, R, BLOCK_R) if RANK_BLOCKS == 1 else None
+    b = _load_b(b_ptr, cols, end, 0, K, R, BLOCK_R) if RANK_BLOCKS == 1 else None
     rounded = _rounded_tile(
         phi_ptr,
+        a,
+        b,
         a_ptr,
         b_ptr,
         rows,
@@ -322,7 +332,6 @@ def _weight_kernel(  # type: ignore[no-untyped-def]
         BLOCK_K,
     )
     q = _clip(rounded, BITS)
-    cols = first + tl.arange(0, BLOCK_K)
     if scale_ptr is None:
         q = tl.where(q == q, q, 0.0).to(tl.int8)
     else:
@@ -395,6 +404,7 @@ def _grads_kernel(  # type: ignore[no-untyped-def]
     first, end, group = _columns(tile, K, GROUP, TILES_OF_GROUP, BLOCK_K)
     cols = first + tl.arange(0, BLOCK_K)
     ranks = rank_block * BLOCK_R + tl.arange(0, BLOCK_R)
+    b = _load_b(b_ptr, cols, end, rank_block, K, R, BLOCK_R) if RANK_BLOCKS > 0 else None
     sum_b = tl.zeros((BLOCK_K, BLOCK_R), dtype=tl.float32)
     last = tl.minimum((split + 1) * blocks_of_split, tl.cdiv(N, BLOCK_N))
     for block in range(split * blocks_of_split, last):
@@ -402,8 +412,11 @@ def _grads_kernel(  # type: ignore[no-untyped-def]
         inside = (rows < N)[:, None] & (cols < end)[None, :]
         grad_ptrs = grad_ptr + rows.to(tl.int64)[:, None] * K + cols[None, :]
         grad = tl.load(grad_ptrs, mask=inside, other=0.0)
+        a = _load_a(a_ptr, rows, rank_block, N, R, BLOCK_R) if RANK_BLOCKS > 0 else None
         rounded = _rounded_tile(
             phi_ptr,
+            a,
+            b,
             a_ptr,
             b_ptr,
             rows,
@@ -433,12 +446,10 @@ def _grads_kernel(  # type: ignore[no-untyped-def]
         if RANK_BLOCKS > 0:
             passed = (rounded >= -(2.0 ** (BITS - 1))) & (rounded <= 2.0 ** (BITS - 1) - 1)
             grad = tl.where(passed, grad, tl.zeros_like(grad))
-            a = _load_a(a_ptr, rows, rank_block, N, R, BLOCK_R).to(tl.float32)
-            b = _load_b(b_ptr, cols, end, rank_block, K, R, BLOCK_R)
             grad_a = _dot(grad, tl.trans(b)) * (scale * scaling)[:, None]
             a_ptrs = parts_a_ptr + (tile.to(tl.int64) * N + rows[:, None]) * R + ranks[None, :]
             tl.store(a_ptrs, grad_a, mask=(rows < N)[:, None] & (ranks < R)[None, :])
-            sum_b += _dot(tl.trans(grad), a * (scale * scaling)[:, None])
+            sum_b += _dot(tl.trans(grad), a.to(tl.float32) * (scale * scaling)[:, None])
     if RANK_BLOCKS > 0:
         b_ptrs = parts_b_ptr + (split.to(tl.int64) * K + cols[:, None]) * R + ranks[None, :]
         tl.store(b_ptrs, sum_b, mask=(cols < end)[:, None] & (ranks < R)[None, :])
