@@ -97,7 +97,8 @@ def z_in_float64(case: Case) -> Tensor:
 def leaves(case: Case) -> Case:
     """The same in float64, what trains as leaves."""
     a, b, scale, zero = (
-        None if t is None else t.detach().double().requires_grad_() for t in (case.a, case.b, case.scale, case.zero)
+        None if t is None else t.detach().double().requires_grad_()
+        for t in (case.a, case.b, case.scale, case.zero)
     )
     return Case(case.phi, a, b, scale, zero, case.rounding)
 

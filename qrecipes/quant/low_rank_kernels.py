@@ -12,6 +12,7 @@ themselves (`enable_fp_fusion=False`); tensor cores add up A B in float32.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -19,18 +20,22 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton import knobs
 
 from qrecipes.quant.low_rank_storage import LowRankRounding
 
 BLOCK_N, MOST_BLOCK_K, NUM_WARPS = 64, 128, 8
 LEAST_BLOCK, MOST_BLOCK_R = 16, 64
 """Tensor cores take 16 at least. A higher rank than the second is cut into blocks."""
+SCRATCH_BYTES = 2**14
+"""Shared memory of the gradients' kernel that does not grow with the number of stages, about."""
 GRADIENT_PROGRAMS = 512
 """Programs that the gradients are divided among, about; the same on every device, since it orders sums."""
 # 2**23 as a float32 has every integer below 2**23 in its last bits: an addition of integers and a subtraction
 # convert exactly, at the rate of additions, where the conversion instruction has a fraction of it
 MAGIC_BITS = tl.constexpr(0x4B000000)
 MAGIC = tl.constexpr(8388608.0)
+INTERPRETED = tl.constexpr(knobs.runtime.interpret)
 ROUND = tl.constexpr(12_582_912.0)  # 1.5 * 2**23: adding it leaves no bit for a fraction, half goes to even
 
 
@@ -103,8 +108,9 @@ def launch_grads(
     scale_NG: Tensor,
     zero_NG: Tensor | None,
     rounding: LowRankRounding,
+    shared_bytes: int,
 ) -> Parts:
-    """The parts of all gradients. Every tensor is contiguous."""
+    """The parts of all gradients. Every tensor is contiguous; `shared_bytes` are what a block can have."""
     tiles, (N, K) = tiles_of(rounding), grad_NK.shape
     R = _rank(a_NR)
     constants = _constants(rounding, a_NR, tiles)
@@ -136,10 +142,19 @@ def launch_grads(
         per_split,
         **constants,
         num_warps=NUM_WARPS,
-        num_stages=2,
+        num_stages=2 if two_stages_bytes(grad_NK, phi, a_NR, constants) <= shared_bytes else 1,
         enable_fp_fusion=False,
     )
     return parts
+
+
+def two_stages_bytes(grad_NK: Tensor, phi: Tensor, a_NR: Tensor | None, constants: Mapping[str, Any]) -> int:
+    """Shared memory, at most, with which the gradients' kernel loads the next block while it works on one."""
+    block_k, block_r = constants["BLOCK_K"], constants["BLOCK_R"] * constants["RANK_BLOCKS"]
+    loaded = BLOCK_N * block_k * (grad_NK.element_size() + phi.element_size())
+    if a_NR is not None:
+        loaded += (BLOCK_N + block_k) * block_r * a_NR.element_size()
+    return 2 * loaded + SCRATCH_BYTES
 
 
 def _rank(a_NR: Tensor | None) -> int:
@@ -237,6 +252,15 @@ def _clip(rounded, BITS: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _add_dot(total, x, y):  # type: ignore[no-untyped-def]
+    """A product of two matrices of one type, added to `total`; never in TF32."""
+    if INTERPRETED:  # it takes bfloat16 for integers
+        return tl.dot(x.to(tl.float32), y.to(tl.float32), total, input_precision="ieee")
+    else:  # noqa: RET505 - as above
+        return tl.dot(x, y, total, input_precision="ieee")
+
+
+@triton.jit
 def _rounded_tile(  # type: ignore[no-untyped-def]
     phi_ptr,
     a,
@@ -263,13 +287,13 @@ def _rounded_tile(  # type: ignore[no-untyped-def]
     if RANK_BLOCKS > 0:
         product = tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.float32)
         if RANK_BLOCKS == 1:
-            product = tl.dot(a, b, product, input_precision="ieee")
+            product = _add_dot(product, a, b)
         else:
             cols = first + tl.arange(0, BLOCK_K)
             for block in tl.static_range(RANK_BLOCKS):
                 a_block = _load_a(a_ptr, rows, block, N, R, BLOCK_R)
                 b_block = _load_b(b_ptr, cols, end, block, K, R, BLOCK_R)
-                product = tl.dot(a_block, b_block, product, input_precision="ieee")
+                product = _add_dot(product, a_block, b_block)
         z += product * scaling
     return _round(z, BITS)
 
@@ -350,19 +374,20 @@ def _weight_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _dot(exact, x):  # type: ignore[no-untyped-def]
-    """A product of what is exact in its type with float32 `x`, or with one of the same type.
+def _add_mixed_dot(total, grad, x):  # type: ignore[no-untyped-def]
+    """A product of gradients with `x`, of their type or float32, added to `total`.
 
-    bfloat16 is multiplied by the leading 16 bits of `x`, in two parts: within 2**-16 of `x`, on tensor cores.
+    bfloat16 is multiplied by the leading 16 bits of float32 `x`, in two parts, on tensor cores: within 2**-16
+    of `x`. Other mixtures are multiplied in float32.
     """
-    if exact.dtype == x.dtype:
-        return tl.dot(exact, x, input_precision="ieee")
-    elif exact.dtype == tl.bfloat16:  # noqa: RET505 - as above
+    if grad.dtype == x.dtype:
+        return _add_dot(total, grad, x)
+    elif grad.dtype == tl.bfloat16:  # noqa: RET505 - as above
         high = x.to(tl.bfloat16)
         low = (x.to(tl.float32) - high.to(tl.float32)).to(tl.bfloat16)
-        return tl.dot(exact, low, tl.dot(exact, high))
+        return _add_dot(_add_dot(total, grad, low), grad, high)
     else:
-        return tl.dot(exact.to(tl.float32), x.to(tl.float32), input_precision="ieee")
+        return _add_dot(total, grad.to(tl.float32), x.to(tl.float32))
 
 
 @triton.jit
@@ -446,10 +471,11 @@ def _grads_kernel(  # type: ignore[no-untyped-def]
         if RANK_BLOCKS > 0:
             passed = (rounded >= -(2.0 ** (BITS - 1))) & (rounded <= 2.0 ** (BITS - 1) - 1)
             grad = tl.where(passed, grad, tl.zeros_like(grad))
-            grad_a = _dot(grad, tl.trans(b)) * (scale * scaling)[:, None]
+            nothing = tl.zeros((BLOCK_N, BLOCK_R), dtype=tl.float32)
+            grad_a = _add_mixed_dot(nothing, grad, tl.trans(b)) * (scale * scaling)[:, None]
             a_ptrs = parts_a_ptr + (tile.to(tl.int64) * N + rows[:, None]) * R + ranks[None, :]
             tl.store(a_ptrs, grad_a, mask=(rows < N)[:, None] & (ranks < R)[None, :])
-            sum_b += _dot(tl.trans(grad), a.to(tl.float32) * (scale * scaling)[:, None])
+            sum_b = _add_mixed_dot(sum_b, tl.trans(grad), a.to(tl.float32) * (scale * scaling)[:, None])
     if RANK_BLOCKS > 0:
         b_ptrs = parts_b_ptr + (split.to(tl.int64) * K + cols[:, None]) * R + ranks[None, :]
         tl.store(b_ptrs, sum_b, mask=(cols < end)[:, None] & (ranks < R)[None, :])

@@ -36,7 +36,7 @@ from torch.nn.functional import linear
 from qrecipes.quant.affine import _arithmetic
 from qrecipes.quant.dequantize import _device_limits
 from qrecipes.quant.dequantize_tiles import LEAST_CAPABILITY
-from qrecipes.quant.int8_matmul import HAS_TRITON, _current_device
+from qrecipes.quant.int8_matmul import HAS_TRITON, _current_device, _limits
 from qrecipes.quant.low_rank_reference import (
     LowRankGrads,
     linear_grads,
@@ -218,7 +218,9 @@ def low_rank_weight_grads_triton(
         return low_rank_weight_grads_reference(grad_NK, phi, a_NR, b_RK, scale_NG, zero_NG, rounding)
     with _current_device(phi):
         of_weight = _contiguous(phi, a_NR, b_RK, scale_NG, zero_NG)
-        parts = kernels.launch_grads(grad_NK.contiguous(), *of_weight, rounding)
+        parts = kernels.launch_grads(
+            grad_NK.contiguous(), *of_weight, rounding, _limits(phi.device).shared_bytes
+        )
     N, G = scale_NG.shape
     d_zero = None
     if zero_NG is not None and parts.sum is not None:
