@@ -1,7 +1,7 @@
 """Weights with a low-rank correction inside their rounding: against bandwidth and against eager torch.
 
     tools/bench_low_rank.py [--shapes NxK ...] [--storages NAME ...] [--rank R] [--bits B] [--group-size G]
-                            [--tokens T] [--asymmetric] [--float32] [--output FILE.json]
+                            [--tokens T] [--asymmetric] [--float32] [--tiles] [--output FILE.json]
 
 N output features, K input features, T tokens. Microseconds of the weight in bf16, of its integers and their
 transpose, and of the gradients of A, B and scales from a given dL/dW_hat, each with the fraction of a
@@ -17,8 +17,10 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from bench_dequantize import Timer
@@ -41,6 +43,8 @@ SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008))
 COPIED_BYTES = {"cuda": 2**28, "cpu": 2**22}
 """What a copy's bandwidth is measured with."""
 KERNELS = ("weight", "integers", "transposed", "grads")
+TILES = ((64, 128, 8), (64, 128, 4), (128, 128, 8), (64, 64, 4), (64, 64, 8), (128, 64, 8), (32, 128, 4))
+"""Rows, columns and warps of the kernels' tiles that are worth a try."""
 PRODUCTS = ("forward", "grad input", "grad trained")
 
 
@@ -66,6 +70,7 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--asymmetric", action="store_true")
     parser.add_argument("--float32", action="store_true", help="A and B in float32 instead of bfloat16")
+    parser.add_argument("--tiles", action="store_true", help="time other tiles of the kernels, too")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
@@ -85,6 +90,8 @@ def main() -> int:
             dtype = torch.float32 if args.float32 else torch.bfloat16
             weight = random_weight(N, rounding, args.rank, dtype, not args.asymmetric, device)
             results.append(measure(weight, args.tokens, meter))
+            if args.tiles:
+                results[-1]["tiles_us"] = time_tiles(weight, meter)
     found = {
         "command": " ".join(["tools/bench_low_rank.py", *sys.argv[1:]]),
         "copy_tb_per_s": meter.copied_per_us / 1e6,
@@ -172,6 +179,32 @@ def measure(weight: Weight, T: int, meter: Meter) -> dict[str, Any]:
     }
 
 
+def time_tiles(weight: Weight, meter: Meter) -> dict[str, dict[str, float]]:
+    """Microseconds of the kernels with other tiles, those that fit the device; it must have Triton."""
+    from triton.runtime.errors import OutOfResources
+
+    from qrecipes.quant import low_rank_kernels
+
+    grad = torch.randn(weight.phi.shape[0], weight.rounding.in_features, device=meter.device).bfloat16()
+    found: dict[str, dict[str, float]] = {}
+    for block_n, block_k, num_warps in TILES:
+        for stages in (1, 2):
+            # a great need of memory beside the stages leaves room for one
+            constants = {
+                "BLOCK_N": block_n,
+                "MOST_BLOCK_K": block_k,
+                "NUM_WARPS": num_warps,
+                "SCRATCH_BYTES": low_rank_kernels.SCRATCH_BYTES if stages == 2 else 2**40,
+            }
+            name = f"{block_n} x {block_k}, {num_warps} warps, {stages} stages"
+            with mock.patch.multiple(low_rank_kernels, **constants), suppress(OutOfResources):
+                times = {"grads": meter.microseconds(lambda: low_rank_weight_grads(grad, *weight))}
+                if stages == 1:
+                    times["weight"] = meter.microseconds(lambda: low_rank_weight(*weight, torch.bfloat16))
+                found[name] = times
+    return found
+
+
 def eager_weight(weight: Weight) -> Tensor:
     """W_hat in bf16 by torch's operations, each of which reads and writes memory."""
     z = decode(weight.phi, weight.rounding)
@@ -210,6 +243,10 @@ def table(results: list[dict[str, Any]]) -> str:
             peak = "-" if peaks[name] is None else f"{peaks[name]:.0f}"
             line += f"{us[name]:14.1f}{us[f'bf16 {name}']:10.1f}{peak:>10}"
         lines.append(line)
+    for r in results:
+        for name, times in r.get("tiles_us", {}).items():
+            shown = "".join(f"{kernel:>10}{us:10.1f}" for kernel, us in times.items())
+            lines.append(f"{r['N']}x{r['K']}".ljust(14) + f"{r['storage']:14}{name:34}" + shown)
     return "\n".join(lines)
 
 

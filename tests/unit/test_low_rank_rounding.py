@@ -291,6 +291,15 @@ def test_gradients_by_parts_are_those_of_the_whole(monkeypatch):
         assert torch.equal(b, c), name
 
 
+def test_no_rows_have_empty_gradients_but_of_b():
+    case = make_case(rounding(), 5, 3, symmetric=False)
+    none = Case(case.phi[:0], case.a[:0], case.b, case.scale[:0], case.zero[:0], case.rounding)
+    assert low_rank_weight(*none, torch.float32).shape == integers_of(none).shape == (0, 96)
+    grads = low_rank_linear_grads(torch.randn(4, 0), torch.randn(4, 96), *none)
+    assert [tuple(t.shape) for t in grads] == [(0, 3), (3, 96), (0, 1), (0, 1)]
+    assert (grads.b == 0).all()
+
+
 def layer_of(case: Case):
     def run(x: torch.Tensor) -> torch.Tensor:
         return low_rank_linear(x, case.phi, case.a, case.b, case.scale, case.zero, None, case.rounding)
