@@ -190,7 +190,7 @@ def time_tiles(weight: Weight, meter: Meter) -> dict[str, dict[str, float]]:
     for block_n, block_k, num_warps in TILES:
         for stages in (1, 2):
             # a great need of memory beside the stages leaves room for one
-            constants = {
+            constants: dict[str, Any] = {
                 "BLOCK_N": block_n,
                 "MOST_BLOCK_K": block_k,
                 "NUM_WARPS": num_warps,
@@ -219,9 +219,12 @@ def eager_weight(weight: Weight) -> Tensor:
 
 def eager_grads(weight: Weight, grad: Tensor) -> tuple[Tensor, ...]:
     """Gradients by autograd through `eager_weight`, the forward pass included, as checkpointing has it."""
-    tensors = [None if t is None else t.detach().requires_grad_() for t in weight[1:5]]
-    leaves = weight._replace(**dict(zip(("a", "b", "scale", "zero"), tensors, strict=True)))
-    return torch.autograd.grad(eager_weight(leaves), [t for t in tensors if t is not None], grad)
+    scale = weight.scale.detach().requires_grad_()
+    a, b, zero = (
+        None if t is None else t.detach().requires_grad_() for t in (weight.a, weight.b, weight.zero)
+    )
+    leaves = weight._replace(a=a, b=b, scale=scale, zero=zero)
+    return torch.autograd.grad(eager_weight(leaves), [t for t in (a, b, scale, zero) if t is not None], grad)
 
 
 def table(results: list[dict[str, Any]]) -> str:

@@ -8,7 +8,7 @@ their order: there are no atomics, and results repeat bit for bit. Products and 
 themselves (`enable_fp_fusion=False`); tensor cores add up A B in float32.
 """
 
-# mypy: disable-error-code="assignment,has-type,var-annotated"
+# mypy: disable-error-code="assignment,has-type,union-attr,var-annotated"
 
 from __future__ import annotations
 
@@ -37,6 +37,16 @@ MAGIC_BITS = tl.constexpr(0x4B000000)
 MAGIC = tl.constexpr(8388608.0)
 INTERPRETED = tl.constexpr(knobs.runtime.interpret)
 ROUND = tl.constexpr(12_582_912.0)  # 1.5 * 2**23: adding it leaves no bit for a fraction, half goes to even
+
+
+class Operands(NamedTuple):
+    """The contiguous tensors of a weight; integers need no scales."""
+
+    phi: Tensor
+    a: Tensor | None
+    b: Tensor | None
+    scale: Tensor | None
+    zero: Tensor | None
 
 
 class Parts(NamedTuple):
@@ -68,52 +78,39 @@ def tiles_of(rounding: LowRankRounding) -> _Tiles:
     return _Tiles(block_k, per_group, per_group * rounding.num_groups)
 
 
+def operands(
+    phi: Tensor, a_NR: Tensor | None, b_RK: Tensor | None, scale_NG: Tensor | None, zero_NG: Tensor | None
+) -> Operands:
+    """A weight as the kernels take it; nothing that is contiguous is copied."""
+    others = (None if t is None else t.contiguous() for t in (a_NR, b_RK, scale_NG, zero_NG))
+    return Operands(phi.contiguous(), *others)
+
+
 def launch_weight(
-    phi: Tensor,
-    a_NR: Tensor | None,
-    b_RK: Tensor | None,
-    scale_NG: Tensor | None,
-    zero_NG: Tensor | None,
-    out: Tensor,
-    rounding: LowRankRounding,
-    *,
-    transposed: bool = False,
+    weight: Operands, out: Tensor, rounding: LowRankRounding, *, transposed: bool = False
 ) -> None:
-    """Fill `out` with weights, or with integers where there are no scales. Every tensor is contiguous."""
-    tiles, N = tiles_of(rounding), phi.shape[0]
+    """Fill the contiguous `out` with weights, or with integers where there are no scales."""
+    tiles, N = tiles_of(rounding), weight.phi.shape[0]
     _weight_kernel[(triton.cdiv(N, BLOCK_N) * tiles.per_row,)](
-        phi,
-        a_NR,
-        b_RK,
-        scale_NG,
-        zero_NG,
+        *weight,
         out,
         N,
         rounding.in_features,
-        _rank(a_NR),
-        phi.shape[1],
+        _rank(weight.a),
+        weight.phi.shape[1],
         rounding.scaling,
         TRANSPOSED=transposed,
-        **_constants(rounding, a_NR, tiles),
+        **_constants(rounding, weight.a, tiles),
         num_warps=NUM_WARPS,
         enable_fp_fusion=False,
     )
 
 
-def launch_grads(
-    grad_NK: Tensor,
-    phi: Tensor,
-    a_NR: Tensor | None,
-    b_RK: Tensor | None,
-    scale_NG: Tensor,
-    zero_NG: Tensor | None,
-    rounding: LowRankRounding,
-    shared_bytes: int,
-) -> Parts:
-    """The parts of all gradients. Every tensor is contiguous; `shared_bytes` are what a block can have."""
+def launch_grads(grad_NK: Tensor, weight: Operands, rounding: LowRankRounding, shared_bytes: int) -> Parts:
+    """The parts of all gradients, from a contiguous dL/dW_hat; `shared_bytes` are what a block can have."""
     tiles, (N, K) = tiles_of(rounding), grad_NK.shape
-    R = _rank(a_NR)
-    constants = _constants(rounding, a_NR, tiles)
+    R = _rank(weight.a)
+    constants = _constants(rounding, weight.a, tiles)
     blocks = triton.cdiv(N, BLOCK_N)
     splits = min(blocks, triton.cdiv(GRADIENT_PROGRAMS, tiles.per_row))
     per_split = triton.cdiv(blocks, splits)
@@ -123,37 +120,33 @@ def launch_grads(
         empty(tiles.per_row, N, R) if R else None,
         empty(splits, K, R) if R else None,
         empty(N, tiles.per_row),
-        None if zero_NG is None else empty(N, tiles.per_row),
+        None if weight.zero is None else empty(N, tiles.per_row),
     )
     rank_blocks = max(constants["RANK_BLOCKS"], 1)
     _grads_kernel[(tiles.per_row, splits, rank_blocks)](
         grad_NK,
-        phi,
-        a_NR,
-        b_RK,
-        scale_NG,
-        zero_NG,
+        *weight,
         *parts,
         N,
         K,
         R,
-        phi.shape[1],
+        weight.phi.shape[1],
         rounding.scaling,
         per_split,
         **constants,
         num_warps=NUM_WARPS,
-        num_stages=2 if two_stages_bytes(grad_NK, phi, a_NR, constants) <= shared_bytes else 1,
+        num_stages=2 if two_stages_bytes(grad_NK, weight, constants) <= shared_bytes else 1,
         enable_fp_fusion=False,
     )
     return parts
 
 
-def two_stages_bytes(grad_NK: Tensor, phi: Tensor, a_NR: Tensor | None, constants: Mapping[str, Any]) -> int:
+def two_stages_bytes(grad_NK: Tensor, weight: Operands, constants: Mapping[str, Any]) -> int:
     """Shared memory, at most, with which the gradients' kernel loads the next block while it works on one."""
     block_k, block_r = constants["BLOCK_K"], constants["BLOCK_R"] * constants["RANK_BLOCKS"]
-    loaded = BLOCK_N * block_k * (grad_NK.element_size() + phi.element_size())
-    if a_NR is not None:
-        loaded += (BLOCK_N + block_k) * block_r * a_NR.element_size()
+    loaded = BLOCK_N * block_k * (grad_NK.element_size() + weight.phi.element_size())
+    if weight.a is not None:
+        loaded += (BLOCK_N + block_k) * block_r * weight.a.element_size()
     return 2 * loaded + SCRATCH_BYTES
 
 
@@ -261,6 +254,32 @@ def _add_dot(total, x, y):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _split(x):  # type: ignore[no-untyped-def]
+    """float32 as a sum of three bfloat16, exact but for the smallest numbers."""
+    high = x.to(tl.bfloat16)
+    rest = x - high.to(tl.float32)
+    middle = rest.to(tl.bfloat16)
+    return high, middle, (rest - middle.to(tl.float32)).to(tl.bfloat16)
+
+
+@triton.jit
+def _add_product(total, a, b):  # type: ignore[no-untyped-def]
+    """A B, added to `total`. float32 is multiplied in parts, on tensor cores: what is left out of a product
+    is 2**-24 of it, as much as float32 rounds."""
+    if a.dtype == tl.float32:
+        a0, a1, a2 = _split(a)
+        b0, b1, b2 = _split(b)
+        total = _add_dot(total, a1, b1)
+        total = _add_dot(total, a0, b2)
+        total = _add_dot(total, a2, b0)
+        total = _add_dot(total, a0, b1)
+        total = _add_dot(total, a1, b0)
+        return _add_dot(total, a0, b0)
+    else:  # noqa: RET505 - as above
+        return _add_dot(total, a, b)
+
+
+@triton.jit
 def _rounded_tile(  # type: ignore[no-untyped-def]
     phi_ptr,
     a,
@@ -287,13 +306,13 @@ def _rounded_tile(  # type: ignore[no-untyped-def]
     if RANK_BLOCKS > 0:
         product = tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.float32)
         if RANK_BLOCKS == 1:
-            product = _add_dot(product, a, b)
+            product = _add_product(product, a, b)
         else:
             cols = first + tl.arange(0, BLOCK_K)
             for block in tl.static_range(RANK_BLOCKS):
                 a_block = _load_a(a_ptr, rows, block, N, R, BLOCK_R)
                 b_block = _load_b(b_ptr, cols, end, block, K, R, BLOCK_R)
-                product = _add_dot(product, a_block, b_block)
+                product = _add_product(product, a_block, b_block)
         z += product * scaling
     return _round(z, BITS)
 

@@ -102,17 +102,16 @@ def compiled(kernel, case: Case, capability: int, pointers: dict, constants: dic
 
 
 def multiplies_as_it_should(ptx: str, case: Case, capability: int) -> bool:
+    """On tensor cores, in bfloat16; TF32 would round A and B to 11 bits."""
     if case.a is None:
         return "mma" not in ptx
-    if case.a.dtype is torch.bfloat16:
-        return ("wgmma.mma_async" if capability == 90 else "mma.sync") in ptx
-    return "tf32" not in ptx
+    return ("wgmma.mma_async" if capability == 90 else "mma.sync") in ptx and "tf32" not in ptx
 
 
 @needs_triton
 @compiled_cases
 def test_weights_compile_without_contracted_sums(case, dtype, capability):
-    """An FMA would round Z once where another kernel rounds twice. Only A B in float32 is made of them."""
+    """An FMA would round Z once where another kernel rounds twice."""
     from qrecipes.quant import low_rank_kernels as kernels
 
     out = torch.empty(0, dtype=dtype)
@@ -120,8 +119,7 @@ def test_weights_compile_without_contracted_sums(case, dtype, capability):
     ptx = kernel.asm["ptx"]
     assert multiplies_as_it_should(ptx, case, capability)
     assert kernel.metadata.shared <= RTX4090
-    if case.a is None or case.a.dtype is torch.bfloat16:
-        assert "fma.rn" not in ptx
+    assert "fma.rn" not in ptx
 
 
 @needs_triton
@@ -134,7 +132,7 @@ def test_gradients_fit_the_shared_memory_that_the_rule_says(case, dtype, capabil
     ranked, shifted = None if case.a is None else part, None if case.zero is None else part
     pointers = {"grad": grad, "parts_a": ranked, "parts_b": ranked, "parts_scale": part, "parts_sum": shifted}
     constants = kernels._constants(case.rounding, case.a, kernels.tiles_of(case.rounding))
-    needed = kernels.two_stages_bytes(grad, case.phi, case.a, constants)
+    needed = kernels.two_stages_bytes(grad, kernels.Operands(*case[:5]), constants)
     limit = H100 if capability == 90 else A100
     stages, bound = (2, needed) if needed <= limit else (1, RTX4090)
     kernel = compiled(kernels._grads_kernel, case, capability, pointers, {}, stages)
