@@ -309,7 +309,7 @@ def _rounded_tile(  # type: ignore[no-untyped-def]
             product = _add_product(product, a, b)
         else:
             cols = first + tl.arange(0, BLOCK_K)
-            for block in tl.static_range(RANK_BLOCKS):
+            for block in range(RANK_BLOCKS):
                 a_block = _load_a(a_ptr, rows, block, N, R, BLOCK_R)
                 b_block = _load_b(b_ptr, cols, end, block, K, R, BLOCK_R)
                 product = _add_product(product, a_block, b_block)
