@@ -1,0 +1,502 @@
+"""Triton kernels of weights with a low-rank correction inside their rounding, and their launches; imported
+only where Triton is installed.
+
+N output features (rows), K input features, G groups of a row, R rank. All kernels cut a weight into the
+same tiles, of BLOCK_N rows and of columns of one group, and form Z there by the same instructions, so that
+they round the same bits. What is summed over several tiles is written in parts, which torch adds up in
+their order: there are no atomics, and results repeat bit for bit. Products and sums are rounded by
+themselves (`enable_fp_fusion=False`); tensor cores add up A B in float32.
+"""
+
+# mypy: disable-error-code="assignment,has-type,union-attr,var-annotated"
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton import knobs
+
+from qrecipes.quant.low_rank_storage import LowRankRounding
+
+BLOCK_N, MOST_BLOCK_K, NUM_WARPS = 64, 128, 8
+LEAST_BLOCK, RANK_BYTES = 16, 128
+"""Tensor cores take blocks of 16 at least. A rank of more bytes than the second is cut into blocks."""
+SCRATCH_BYTES = 2**14
+"""Shared memory of the gradients' kernel that does not grow with the number of stages, about."""
+GRADIENT_PROGRAMS = 512
+"""Programs that the gradients are divided among, about; the same on every device, since it orders sums."""
+# 2**23 as a float32 has every integer below 2**23 in its last bits: an addition of integers and a subtraction
+# convert exactly, at the rate of additions, where the conversion instruction has a fraction of it
+MAGIC_BITS = tl.constexpr(0x4B000000)
+MAGIC = tl.constexpr(8388608.0)
+INTERPRETED = tl.constexpr(knobs.runtime.interpret)
+ROUND = tl.constexpr(12_582_912.0)  # 1.5 * 2**23: adding it leaves no bit for a fraction, half goes to even
+
+
+class Operands(NamedTuple):
+    """The contiguous tensors of a weight; integers need no scales."""
+
+    phi: Tensor
+    a: Tensor | None
+    b: Tensor | None
+    scale: Tensor | None
+    zero: Tensor | None
+
+
+class Parts(NamedTuple):
+    """Gradients in parts, float32; B is one of a tile of columns, the others of a tile of rows or a row."""
+
+    a: Tensor | None
+    """[tiles of a row, N, R], without the factors of A B."""
+    b: Tensor | None
+    """[splits of the rows, K, R]."""
+    scale: Tensor
+    """[N, tiles of a row]."""
+    sum: Tensor | None
+    """Sums of dL/dW_hat, [N, tiles of a row]; only where there are zero points."""
+
+
+class _Tiles(NamedTuple):
+    """How a weight is cut up."""
+
+    block_k: int
+    per_group: int
+    per_row: int
+
+
+def tiles_of(rounding: LowRankRounding) -> _Tiles:
+    """Tiles of a weight's rows; none holds columns of two groups."""
+    width = rounding.in_features if rounding.group_size is None else rounding.group_size
+    block_k = min(MOST_BLOCK_K, max(LEAST_BLOCK, triton.next_power_of_2(width)))
+    per_group = triton.cdiv(width, block_k)
+    return _Tiles(block_k, per_group, per_group * rounding.num_groups)
+
+
+def operands(
+    phi: Tensor, a_NR: Tensor | None, b_RK: Tensor | None, scale_NG: Tensor | None, zero_NG: Tensor | None
+) -> Operands:
+    """A weight as the kernels take it; nothing that is contiguous is copied."""
+    others = (None if t is None else t.contiguous() for t in (a_NR, b_RK, scale_NG, zero_NG))
+    return Operands(phi.contiguous(), *others)
+
+
+def launch_weight(
+    weight: Operands, out: Tensor, rounding: LowRankRounding, *, transposed: bool = False
+) -> None:
+    """Fill the contiguous `out` with weights, or with integers where there are no scales."""
+    tiles, N = tiles_of(rounding), weight.phi.shape[0]
+    _weight_kernel[(triton.cdiv(N, BLOCK_N) * tiles.per_row,)](
+        *weight,
+        out,
+        N,
+        rounding.in_features,
+        _rank(weight.a),
+        weight.phi.shape[1],
+        rounding.scaling,
+        TRANSPOSED=transposed,
+        **_constants(rounding, weight.a, tiles),
+        num_warps=NUM_WARPS,
+        enable_fp_fusion=False,
+    )
+
+
+def launch_grads(grad_NK: Tensor, weight: Operands, rounding: LowRankRounding, shared_bytes: int) -> Parts:
+    """The parts of all gradients, from a contiguous dL/dW_hat; `shared_bytes` are what a block can have."""
+    tiles, (N, K) = tiles_of(rounding), grad_NK.shape
+    R = _rank(weight.a)
+    constants = _constants(rounding, weight.a, tiles)
+    blocks = triton.cdiv(N, BLOCK_N)
+    splits = min(blocks, triton.cdiv(GRADIENT_PROGRAMS, tiles.per_row))
+    per_split = triton.cdiv(blocks, splits)
+    splits = triton.cdiv(blocks, per_split)
+    empty = partial(torch.empty, dtype=torch.float32, device=grad_NK.device)
+    parts = Parts(
+        empty(tiles.per_row, N, R) if R else None,
+        empty(splits, K, R) if R else None,
+        empty(N, tiles.per_row),
+        None if weight.zero is None else empty(N, tiles.per_row),
+    )
+    rank_blocks = max(constants["RANK_BLOCKS"], 1)
+    _grads_kernel[(tiles.per_row, splits, rank_blocks)](
+        grad_NK,
+        *weight,
+        *parts,
+        N,
+        K,
+        R,
+        weight.phi.shape[1],
+        rounding.scaling,
+        per_split,
+        **constants,
+        num_warps=NUM_WARPS,
+        num_stages=num_stages(grad_NK, weight, constants, shared_bytes),
+        enable_fp_fusion=False,
+    )
+    return parts
+
+
+def num_stages(grad_NK: Tensor, weight: Operands, constants: Mapping[str, Any], shared_bytes: int) -> int:
+    """2 where the gradients' kernel has the shared memory to load the next block while it works on one."""
+    loaded = constants["BLOCK_K"] * (grad_NK.element_size() + weight.phi.element_size()) * BLOCK_N
+    if weight.a is not None:
+        loaded += (BLOCK_N + constants["BLOCK_K"]) * constants["BLOCK_R"] * weight.a.element_size()
+    return 2 if constants["RANK_BLOCKS"] <= 1 and 2 * loaded + SCRATCH_BYTES <= shared_bytes else 1
+
+
+def _rank(a_NR: Tensor | None) -> int:
+    return 0 if a_NR is None else a_NR.shape[1]
+
+
+def _constants(rounding: LowRankRounding, a_NR: Tensor | None, tiles: _Tiles) -> dict[str, Any]:
+    """What the kernels are compiled for."""
+    R = _rank(a_NR)
+    most_block_r = RANK_BYTES // (2 if a_NR is None else a_NR.element_size())
+    block_r = min(most_block_r, max(LEAST_BLOCK, triton.next_power_of_2(max(R, 1))))
+    return {
+        "STORAGE": rounding.storage,
+        "BITS": rounding.bits,
+        "GROUP": rounding.group_size or 0,
+        "TILES_OF_GROUP": tiles.per_group,
+        "TILES_OF_ROW": tiles.per_row,
+        "RANK_BLOCKS": triton.cdiv(R, block_r),
+        "BLOCK_R": block_r,
+        "BLOCK_N": BLOCK_N,
+        "BLOCK_K": tiles.block_k,
+    }
+
+
+@triton.jit
+def _columns(tile, K, GROUP: tl.constexpr, TILES_OF_GROUP: tl.constexpr, BLOCK_K: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The first column of a tile of a row, the first one behind its group, and the group."""
+    if GROUP == 0:
+        first = tile * BLOCK_K
+        end = K
+        group = tile * 0
+    else:
+        group = tile // TILES_OF_GROUP
+        first = group * GROUP + tile % TILES_OF_GROUP * BLOCK_K
+        end = group * GROUP + GROUP
+    return first, end, group
+
+
+@triton.jit
+def _levels(  # type: ignore[no-untyped-def]
+    phi_ptr,
+    rows,
+    first,
+    end,
+    N,
+    phi_stride,
+    STORAGE: tl.constexpr,
+    BITS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """What phi stands for in a tile, float32; anything outside."""
+    phi_rows = phi_ptr + rows.to(tl.int64)[:, None] * phi_stride
+    if STORAGE == "int4":
+        at = tl.arange(0, BLOCK_K // 2)
+        inside = (rows < N)[:, None] & (first + at * 2 < end)[None, :]
+        pairs = tl.load(phi_rows + (first // 2 + at)[None, :], mask=inside, other=0).to(tl.int32)
+        codes = tl.interleave(pairs & 15, pairs >> 4)
+        return (codes + MAGIC_BITS).to(tl.float32, bitcast=True) - (MAGIC + 8)
+    else:  # noqa: RET505 - Triton compiles one branch only if the other is in an else
+        cols = first + tl.arange(0, BLOCK_K)
+        inside = (rows < N)[:, None] & (cols < end)[None, :]
+        phi = tl.load(phi_rows + cols[None, :], mask=inside, other=0)
+        if STORAGE == "fixed_point8":
+            numbers = (phi.to(tl.int32) + (MAGIC_BITS + 128)).to(tl.float32, bitcast=True) - (MAGIC + 128)
+            return numbers * (1.0 / 2 ** (8 - BITS))
+        else:  # noqa: RET505 - as above
+            return phi.to(tl.float32)
+
+
+@triton.jit
+def _load_a(a_ptr, rows, rank_block, N, R, BLOCK_R: tl.constexpr):  # type: ignore[no-untyped-def]
+    ranks = rank_block * BLOCK_R + tl.arange(0, BLOCK_R)
+    inside = (rows < N)[:, None] & (ranks < R)[None, :]
+    return tl.load(a_ptr + rows.to(tl.int64)[:, None] * R + ranks[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def _load_b(b_ptr, cols, end, rank_block, K, R, BLOCK_R: tl.constexpr):  # type: ignore[no-untyped-def]
+    ranks = rank_block * BLOCK_R + tl.arange(0, BLOCK_R)
+    inside = (ranks < R)[:, None] & (cols < end)[None, :]
+    return tl.load(b_ptr + ranks.to(tl.int64)[:, None] * K + cols[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def _round(z, BITS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Half to even; what lies beyond the levels stays beyond them, and NaN stays."""
+    z = tl.maximum(z, -(2.0 ** (BITS - 1)) - 1, propagate_nan=tl.PropagateNan.ALL)
+    z = tl.minimum(z, 2.0 ** (BITS - 1), propagate_nan=tl.PropagateNan.ALL)
+    return (z + ROUND) - ROUND
+
+
+@triton.jit
+def _clip(rounded, BITS: tl.constexpr):  # type: ignore[no-untyped-def]
+    rounded = tl.maximum(rounded, -(2.0 ** (BITS - 1)), propagate_nan=tl.PropagateNan.ALL)
+    return tl.minimum(rounded, 2.0 ** (BITS - 1) - 1, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _add_dot(total, x, y):  # type: ignore[no-untyped-def]
+    """A product of two matrices of one type, added to `total`; never in TF32."""
+    if INTERPRETED:  # it takes bfloat16 for integers
+        return tl.dot(x.to(tl.float32), y.to(tl.float32), total, input_precision="ieee")
+    else:  # noqa: RET505 - as above
+        return tl.dot(x, y, total, input_precision="ieee")
+
+
+@triton.jit
+def _split(x):  # type: ignore[no-untyped-def]
+    """float32 as a sum of three bfloat16, exact but for the smallest numbers."""
+    high = x.to(tl.bfloat16)
+    rest = x - high.to(tl.float32)
+    middle = rest.to(tl.bfloat16)
+    return high, middle, (rest - middle.to(tl.float32)).to(tl.bfloat16)
+
+
+@triton.jit
+def _add_product(total, a, b):  # type: ignore[no-untyped-def]
+    """A B, added to `total`. float32 is multiplied in parts, on tensor cores: what is left out of a product
+    is 2**-24 of it, as much as float32 rounds."""
+    if a.dtype == tl.float32:
+        a0, a1, a2 = _split(a)
+        b0, b1, b2 = _split(b)
+        total = _add_dot(total, a1, b1)
+        total = _add_dot(total, a0, b2)
+        total = _add_dot(total, a2, b0)
+        total = _add_dot(total, a0, b1)
+        total = _add_dot(total, a1, b0)
+        return _add_dot(total, a0, b0)
+    else:  # noqa: RET505 - as above
+        return _add_dot(total, a, b)
+
+
+@triton.jit
+def _rounded_tile(  # type: ignore[no-untyped-def]
+    phi_ptr,
+    a,
+    b,
+    a_ptr,
+    b_ptr,
+    rows,
+    first,
+    end,
+    N,
+    K,
+    R,
+    phi_stride,
+    scaling,
+    STORAGE: tl.constexpr,
+    BITS: tl.constexpr,
+    RANK_BLOCKS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """rnd(Z) of a tile, not clipped; `a` and `b` are used where the rank has one block."""
+    z = _levels(phi_ptr, rows, first, end, N, phi_stride, STORAGE, BITS, BLOCK_K)
+    if RANK_BLOCKS > 0:
+        product = tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.float32)
+        if RANK_BLOCKS == 1:
+            product = _add_product(product, a, b)
+        else:
+            cols = first + tl.arange(0, BLOCK_K)
+            for block in range(RANK_BLOCKS):
+                a_block = _load_a(a_ptr, rows, block, N, R, BLOCK_R)
+                b_block = _load_b(b_ptr, cols, end, block, K, R, BLOCK_R)
+                product = _add_product(product, a_block, b_block)
+        z += product * scaling
+    return _round(z, BITS)
+
+
+@triton.jit
+def _load_grid(grid_ptr, rows, group, N, G):  # type: ignore[no-untyped-def]
+    return tl.load(grid_ptr + rows.to(tl.int64) * G + group, mask=rows < N, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _weight_kernel(  # type: ignore[no-untyped-def]
+    phi_ptr,
+    a_ptr,
+    b_ptr,
+    scale_ptr,
+    zero_ptr,
+    out_ptr,
+    N,
+    K,
+    R,
+    phi_stride,
+    scaling,
+    TRANSPOSED: tl.constexpr,
+    STORAGE: tl.constexpr,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    TILES_OF_GROUP: tl.constexpr,
+    TILES_OF_ROW: tl.constexpr,
+    RANK_BLOCKS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """One tile of W_hat, or of Q where there is no scale."""
+    tile = tl.program_id(0) % TILES_OF_ROW
+    rows = tl.program_id(0) // TILES_OF_ROW * BLOCK_N + tl.arange(0, BLOCK_N)
+    first, end, group = _columns(tile, K, GROUP, TILES_OF_GROUP, BLOCK_K)
+    cols = first + tl.arange(0, BLOCK_K)
+    a = _load_a(a_ptr, rows, 0, N, R, BLOCK_R) if RANK_BLOCKS == 1 else None
+    b = _load_b(b_ptr, cols, end, 0, K, R, BLOCK_R) if RANK_BLOCKS == 1 else None
+    rounded = _rounded_tile(
+        phi_ptr,
+        a,
+        b,
+        a_ptr,
+        b_ptr,
+        rows,
+        first,
+        end,
+        N,
+        K,
+        R,
+        phi_stride,
+        scaling,
+        STORAGE,
+        BITS,
+        RANK_BLOCKS,
+        BLOCK_R,
+        BLOCK_N,
+        BLOCK_K,
+    )
+    q = _clip(rounded, BITS)
+    if scale_ptr is None:
+        q = tl.where(q == q, q, 0.0).to(tl.int8)
+    else:
+        G: tl.constexpr = TILES_OF_ROW // TILES_OF_GROUP
+        if zero_ptr is not None:
+            q -= _clip(_round(_load_grid(zero_ptr, rows, group, N, G), BITS), BITS)[:, None]
+        q *= _load_grid(scale_ptr, rows, group, N, G)[:, None]
+    if TRANSPOSED:
+        inside = (cols < end)[:, None] & (rows < N)[None, :]
+        out_ptrs = out_ptr + cols.to(tl.int64)[:, None] * N + rows[None, :]
+        tl.store(out_ptrs, tl.trans(q.to(out_ptr.dtype.element_ty)), mask=inside)
+    else:
+        inside = (rows < N)[:, None] & (cols < end)[None, :]
+        out_ptrs = out_ptr + rows.to(tl.int64)[:, None] * K + cols[None, :]
+        tl.store(out_ptrs, q.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _add_grad_dot(total, grad, x):  # type: ignore[no-untyped-def]
+    """A product of gradients with `x`, added to `total`, on tensor cores.
+
+    What is not in one type of 16 bits is multiplied by its leading 16 bits, in two parts of bfloat16: within
+    2**-16 of it.
+    """
+    if grad.dtype == x.dtype and grad.dtype != tl.float32:
+        return _add_dot(total, grad, x)
+    else:  # noqa: RET505 - as above
+        x0 = x.to(tl.bfloat16)
+        x1 = (x.to(tl.float32) - x0.to(tl.float32)).to(tl.bfloat16)
+        if grad.dtype == tl.bfloat16:
+            return _add_dot(_add_dot(total, grad, x1), grad, x0)
+        else:  # noqa: RET505 - as above
+            grad0 = grad.to(tl.bfloat16)
+            grad1 = (grad.to(tl.float32) - grad0.to(tl.float32)).to(tl.bfloat16)
+            return _add_dot(_add_dot(_add_dot(total, grad0, x1), grad1, x0), grad0, x0)
+
+
+@triton.jit
+def _grads_kernel(  # type: ignore[no-untyped-def]
+    grad_ptr,
+    phi_ptr,
+    a_ptr,
+    b_ptr,
+    scale_ptr,
+    zero_ptr,
+    parts_a_ptr,
+    parts_b_ptr,
+    parts_scale_ptr,
+    parts_sum_ptr,
+    N,
+    K,
+    R,
+    phi_stride,
+    scaling,
+    blocks_of_split,
+    STORAGE: tl.constexpr,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    TILES_OF_GROUP: tl.constexpr,
+    TILES_OF_ROW: tl.constexpr,
+    RANK_BLOCKS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Down a split of the rows in one tile of columns, for one block of the rank: dL/dW_hat is read once.
+
+    dB is summed in registers; dA is written for every tile.
+    """
+    tile = tl.program_id(0)
+    split = tl.program_id(1)
+    rank_block = tl.program_id(2)
+    G: tl.constexpr = TILES_OF_ROW // TILES_OF_GROUP
+    first, end, group = _columns(tile, K, GROUP, TILES_OF_GROUP, BLOCK_K)
+    cols = first + tl.arange(0, BLOCK_K)
+    ranks = rank_block * BLOCK_R + tl.arange(0, BLOCK_R)
+    b = _load_b(b_ptr, cols, end, rank_block, K, R, BLOCK_R) if RANK_BLOCKS > 0 else None
+    sum_b = tl.zeros((BLOCK_K, BLOCK_R), dtype=tl.float32)
+    last = tl.minimum((split + 1) * blocks_of_split, tl.cdiv(N, BLOCK_N))
+    for block in range(split * blocks_of_split, last):
+        rows = block * BLOCK_N + tl.arange(0, BLOCK_N)
+        inside = (rows < N)[:, None] & (cols < end)[None, :]
+        grad_ptrs = grad_ptr + rows.to(tl.int64)[:, None] * K + cols[None, :]
+        grad = tl.load(grad_ptrs, mask=inside, other=0.0)
+        a = _load_a(a_ptr, rows, rank_block, N, R, BLOCK_R) if RANK_BLOCKS > 0 else None
+        rounded = _rounded_tile(
+            phi_ptr,
+            a,
+            b,
+            a_ptr,
+            b_ptr,
+            rows,
+            first,
+            end,
+            N,
+            K,
+            R,
+            phi_stride,
+            scaling,
+            STORAGE,
+            BITS,
+            RANK_BLOCKS,
+            BLOCK_R,
+            BLOCK_N,
+            BLOCK_K,
+        )
+        scale = _load_grid(scale_ptr, rows, group, N, G)
+        if rank_block == 0:
+            at = rows.to(tl.int64) * TILES_OF_ROW + tile
+            level = _clip(rounded, BITS)
+            if zero_ptr is not None:
+                level -= _clip(_round(_load_grid(zero_ptr, rows, group, N, G), BITS), BITS)[:, None]
+                tl.store(parts_sum_ptr + at, tl.sum(grad.to(tl.float32), 1), mask=rows < N)
+            tl.store(parts_scale_ptr + at, tl.sum(grad.to(tl.float32) * level, 1), mask=rows < N)
+        if RANK_BLOCKS > 0:
+            passed = (rounded >= -(2.0 ** (BITS - 1))) & (rounded <= 2.0 ** (BITS - 1) - 1)
+            grad = tl.where(passed, grad, tl.zeros_like(grad))
+            nothing = tl.zeros((BLOCK_N, BLOCK_R), dtype=tl.float32)
+            grad_a = _add_grad_dot(nothing, grad, tl.trans(b)) * (scale * scaling)[:, None]
+            a_ptrs = parts_a_ptr + (tile.to(tl.int64) * N + rows[:, None]) * R + ranks[None, :]
+            tl.store(a_ptrs, grad_a, mask=(rows < N)[:, None] & (ranks < R)[None, :])
+            sum_b = _add_grad_dot(sum_b, tl.trans(grad), a.to(tl.float32) * (scale * scaling)[:, None])
+    if RANK_BLOCKS > 0:
+        b_ptrs = parts_b_ptr + (split.to(tl.int64) * K + cols[:, None]) * R + ranks[None, :]
+        tl.store(b_ptrs, sum_b, mask=(cols < end)[:, None] & (ranks < R)[None, :])
