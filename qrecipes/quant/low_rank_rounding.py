@@ -1,0 +1,324 @@
+"""Weights with a low-rank correction inside their rounding (LR-QAT, arXiv 2406.06385, equations 5 to 8).
+
+T tokens, N output features (rows), K input features, G groups of a row with a scale each, R rank.
+
+    Z     = decode(phi) + scaling * (A B)            phi frozen, A [N, R], B [R, K]
+    Q     = clip(rnd(Z), -2**(bits-1), 2**(bits-1) - 1)
+    W_hat = s * (Q - z)                              s, z [N, G]; z = 0 where symmetric
+
+rnd rounds half to even, then is clipped. Levels are signed also where a grid is asymmetric: the unsigned
+ones, 0 to 2**bits - 1, are u = Q + 2**(bits-1). The zero point is a float that is trained, and rounded and
+clipped as Z is whenever it is used, so that Q, s and rnd(z) are an affine payload of `AffineFormat`, bit
+for bit (5 to 7 bits in one of 8). phi is W / s0 + rnd(z0), of a scale and zero point frozen at the start.
+Without A and B (rank 0) only scales and zero points train, as in PEQA (arXiv 2305.14152).
+
+Gradients, for g = dL/dW_hat and M = [rnd(Z) within the levels], with rnd passed straight through:
+
+    dA = scaling * H B^T     dB = scaling * A^T H     H = s * g * M
+    ds = sum of g * (Q - z)  dz = -s * sum of g, over the scale's group; dz is 0 where rnd(z) is clipped
+
+On CUDA Triton kernels compute all of this, with one division into tiles: W_hat, Q and M come from the same
+bits of Z. Those can differ from the reference's in `low_rank_reference.py` by the order in which A B is
+summed, and so Q differs where Z is within a few units in its last place of a half; where A B is 0, nothing
+differs. Weights should therefore be fused on the device that trained them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from qrecipes.quant.affine import _arithmetic
+from qrecipes.quant.low_rank_reference import (
+    LowRankGrads,
+    linear_grads,
+    low_rank_integers_reference,
+    low_rank_weight_grads_reference,
+    low_rank_weight_reference,
+)
+from qrecipes.quant.low_rank_storage import LowRankRounding, check_parts, rounding_of_key
+
+
+def low_rank_weight(
+    phi: Tensor,
+    a_NR: Tensor | None,
+    b_RK: Tensor | None,
+    scale_NG: Tensor,
+    zero_NG: Tensor | None,
+    rounding: LowRankRounding,
+    dtype: torch.dtype,
+) -> Tensor:
+    """W_hat [N, K], rounded to `dtype` once. It has no gradient: see `LowRankRoundedLinear`.
+
+    `a_NR` and `b_RK` are both None, or both bfloat16 or both float32; scales and zero points are float32.
+
+    Raises:
+        ValueError: if a shape or type does not fit.
+    """
+    check_parts("low_rank_weight", phi, a_NR, b_RK, scale_NG, zero_NG, rounding)
+    return torch.ops.qrecipes.low_rank_weight.default(phi, a_NR, b_RK, scale_NG, zero_NG, rounding.key, dtype)
+
+
+def low_rank_integers(
+    phi: Tensor,
+    a_NR: Tensor | None,
+    b_RK: Tensor | None,
+    rounding: LowRankRounding,
+    *,
+    transposed: bool = False,
+) -> Tensor:
+    """Q, int8 [N, K], those that `low_rank_weight` scales, bit for bit; or [K, N] where `transposed`.
+
+    An integer product with the weight sums over K and wants [N, K]; one of the input's gradient sums over N
+    and wants [K, N]. What is not a number becomes 0 here; `low_rank_weight` lets it through.
+
+    Raises:
+        ValueError: if a shape or type does not fit.
+    """
+    check_parts("low_rank_integers", phi, a_NR, b_RK, None, None, rounding)
+    return torch.ops.qrecipes.low_rank_integers.default(phi, a_NR, b_RK, rounding.key, transposed)
+
+
+def low_rank_weight_grads(
+    grad_NK: Tensor,
+    phi: Tensor,
+    a_NR: Tensor | None,
+    b_RK: Tensor | None,
+    scale_NG: Tensor,
+    zero_NG: Tensor | None,
+    rounding: LowRankRounding,
+) -> LowRankGrads:
+    """The gradients of all that trains from dL/dW_hat [N, K], in float32 sums of one order.
+
+    Raises:
+        ValueError: if a shape or type does not fit.
+    """
+    check_parts("low_rank_weight_grads", phi, a_NR, b_RK, scale_NG, zero_NG, rounding)
+    grads = torch.ops.qrecipes.low_rank_weight_grads.default(
+        grad_NK, phi, a_NR, b_RK, scale_NG, zero_NG, rounding.key
+    )
+    return _present(grads, a_NR, zero_NG)
+
+
+def low_rank_linear_grads(
+    dy_TN: Tensor,
+    x_TK: Tensor,
+    phi: Tensor,
+    a_NR: Tensor | None,
+    b_RK: Tensor | None,
+    scale_NG: Tensor,
+    zero_NG: Tensor | None,
+    rounding: LowRankRounding,
+) -> LowRankGrads:
+    """`low_rank_weight_grads` of dL/dW_hat = dy^T x, of which GRADIENT_BYTES exist at once.
+
+    dL/dW_hat is rounded to the type of `x_TK`, as a plain layer's gradient is.
+
+    Raises:
+        ValueError: if a shape or type does not fit.
+    """
+    check_parts("low_rank_linear_grads", phi, a_NR, b_RK, scale_NG, zero_NG, rounding)
+    grads = torch.ops.qrecipes.low_rank_linear_grads.default(
+        dy_TN, x_TK, phi, a_NR, b_RK, scale_NG, zero_NG, rounding.key
+    )
+    return _present(grads, a_NR, zero_NG)
+
+
+def low_rank_mm(
+    x_TK: Tensor,
+    phi: Tensor,
+    a_NR: Tensor | None,
+    b_RK: Tensor | None,
+    scale_NG: Tensor,
+    zero_NG: Tensor | None,
+    bias_N: Tensor | None,
+    rounding: LowRankRounding,
+) -> Tensor:
+    """`x W_hat^T + b`, [T, N], with W_hat in the type of `x_TK`. It has no gradient.
+
+    One operator, so that `torch.compile` cannot keep W_hat for the backward pass.
+    """
+    return torch.ops.qrecipes.low_rank_mm.default(
+        x_TK, phi, a_NR, b_RK, scale_NG, zero_NG, bias_N, rounding.key
+    )
+
+
+def low_rank_mm_grad_input(
+    dy_TN: Tensor,
+    phi: Tensor,
+    a_NR: Tensor | None,
+    b_RK: Tensor | None,
+    scale_NG: Tensor,
+    zero_NG: Tensor | None,
+    rounding: LowRankRounding,
+) -> Tensor:
+    """`dy W_hat`, [T, K]: the gradient of the input of `low_rank_mm`, in the type of `dy_TN`."""
+    return torch.ops.qrecipes.low_rank_mm_grad_input.default(
+        dy_TN, phi, a_NR, b_RK, scale_NG, zero_NG, rounding.key
+    )
+
+
+def _present(
+    grads: tuple[Tensor, Tensor, Tensor, Tensor], a_NR: Tensor | None, zero_NG: Tensor | None
+) -> LowRankGrads:
+    """What an operator gave, less the empty tensors that stand for None there."""
+    d_a, d_b, d_scale, d_zero = grads
+    return LowRankGrads(
+        None if a_NR is None else d_a,
+        None if a_NR is None else d_b,
+        d_scale,
+        None if zero_NG is None else d_zero,
+    )
+
+
+class _Functions(NamedTuple):
+    """What computes for the operators of a device."""
+
+    weight: Callable[..., Tensor]
+    integers: Callable[..., Tensor]
+    weight_grads: Callable[..., LowRankGrads]
+
+
+Tensors: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor]
+Maybe: TypeAlias = Tensor | None
+
+
+def _weight(
+    on: _Functions, phi: Tensor, a: Maybe, b: Maybe, scale: Tensor, zero: Maybe, key: str, dtype: torch.dtype
+) -> Tensor:
+    return on.weight(phi, a, b, scale, zero, rounding_of_key(key), dtype)
+
+
+def _integers(on: _Functions, phi: Tensor, a: Maybe, b: Maybe, key: str, transposed: bool) -> Tensor:
+    return on.integers(phi, a, b, rounding_of_key(key), transposed=transposed)
+
+
+def _mm(
+    on: _Functions,
+    x: Tensor,
+    phi: Tensor,
+    a: Maybe,
+    b: Maybe,
+    scale: Tensor,
+    zero: Maybe,
+    bias: Maybe,
+    key: str,
+) -> Tensor:
+    return linear(x, on.weight(phi, a, b, scale, zero, rounding_of_key(key), x.dtype), bias)
+
+
+def _mm_grad_input(
+    on: _Functions, dy: Tensor, phi: Tensor, a: Maybe, b: Maybe, scale: Tensor, zero: Maybe, key: str
+) -> Tensor:
+    return dy @ on.weight(phi, a, b, scale, zero, rounding_of_key(key), dy.dtype)
+
+
+def _weight_grads_op(
+    on: _Functions, grad: Tensor, phi: Tensor, a: Maybe, b: Maybe, scale: Tensor, zero: Maybe, key: str
+) -> Tensors:
+    return _filled(on.weight_grads(grad, phi, a, b, scale, zero, rounding_of_key(key)))
+
+
+def _linear_grads_op(
+    on: _Functions,
+    dy: Tensor,
+    x: Tensor,
+    phi: Tensor,
+    a: Maybe,
+    b: Maybe,
+    scale: Tensor,
+    zero: Maybe,
+    key: str,
+) -> Tensors:
+    return _filled(linear_grads(on.weight_grads, dy, x, phi, a, b, scale, zero, rounding_of_key(key)))
+
+
+def _filled(grads: LowRankGrads) -> Tensors:
+    """Empty tensors for None, which operators cannot return."""
+    d_a, d_b, d_scale, d_zero = (grads.scale.new_empty(0) if t is None else t for t in grads)
+    return d_a, d_b, d_scale, d_zero
+
+
+def _weight_fake(
+    phi: Tensor, a: Maybe, b: Maybe, scale: Tensor, zero: Maybe, key: str, dtype: torch.dtype
+) -> Tensor:
+    return phi.new_empty((phi.shape[0], rounding_of_key(key).in_features), dtype=dtype)
+
+
+def _integers_fake(phi: Tensor, a: Maybe, b: Maybe, key: str, transposed: bool) -> Tensor:
+    N, K = phi.shape[0], rounding_of_key(key).in_features
+    return phi.new_empty((K, N) if transposed else (N, K), dtype=torch.int8)
+
+
+def _mm_fake(
+    x: Tensor, phi: Tensor, a: Maybe, b: Maybe, scale: Tensor, zero: Maybe, bias: Maybe, key: str
+) -> Tensor:
+    return x.new_empty((x.shape[0], phi.shape[0]))
+
+
+def _mm_grad_input_fake(
+    dy: Tensor, phi: Tensor, a: Maybe, b: Maybe, scale: Tensor, zero: Maybe, key: str
+) -> Tensor:
+    return dy.new_empty((dy.shape[0], rounding_of_key(key).in_features))
+
+
+def _weight_grads_fake(
+    grad: Tensor, phi: Tensor, a: Maybe, b: Maybe, scale: Tensor, zero: Maybe, key: str
+) -> Tensors:
+    work = _arithmetic(grad, scale)
+    d_a, d_b, d_scale, d_zero = (
+        scale.new_empty(0 if t is None else t.shape, dtype=work) for t in (a, b, scale, zero)
+    )
+    return d_a, d_b, d_scale, d_zero
+
+
+def _linear_grads_fake(
+    dy: Tensor, x: Tensor, phi: Tensor, a: Maybe, b: Maybe, scale: Tensor, zero: Maybe, key: str
+) -> Tensors:
+    return _weight_grads_fake(x, phi, a, b, scale, zero, key)
+
+
+_REFERENCE = _Functions(
+    low_rank_weight_reference, low_rank_integers_reference, low_rank_weight_grads_reference
+)
+_library = torch.library.Library("qrecipes", "FRAGMENT")
+_WEIGHT = "Tensor phi, Tensor? a_NR, Tensor? b_RK"
+_GRID = "Tensor scale_NG, Tensor? zero_NG"
+_GRADS = "(Tensor, Tensor, Tensor, Tensor)"
+for _schema, _implementation, _fake in (
+    (
+        f"low_rank_weight({_WEIGHT}, {_GRID}, str rounding, ScalarType dtype) -> Tensor",
+        _weight,
+        _weight_fake,
+    ),
+    (f"low_rank_integers({_WEIGHT}, str rounding, bool transposed) -> Tensor", _integers, _integers_fake),
+    (
+        f"low_rank_mm(Tensor x_TK, {_WEIGHT}, {_GRID}, Tensor? bias_N, str rounding) -> Tensor",
+        _mm,
+        _mm_fake,
+    ),
+    (
+        f"low_rank_mm_grad_input(Tensor dy_TN, {_WEIGHT}, {_GRID}, str rounding) -> Tensor",
+        _mm_grad_input,
+        _mm_grad_input_fake,
+    ),
+    (
+        f"low_rank_weight_grads(Tensor grad_NK, {_WEIGHT}, {_GRID}, str rounding) -> {_GRADS}",
+        _weight_grads_op,
+        _weight_grads_fake,
+    ),
+    (
+        f"low_rank_linear_grads(Tensor dy_TN, Tensor x_TK, {_WEIGHT}, {_GRID}, str rounding) -> {_GRADS}",
+        _linear_grads_op,
+        _linear_grads_fake,
+    ),
+):
+    _name = _schema.partition("(")[0]
+    _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(_name, partial(_implementation, _REFERENCE), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"qrecipes::{_name}", _fake, lib=_library)

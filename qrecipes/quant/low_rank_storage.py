@@ -1,0 +1,198 @@
+"""What a weight with a low-rank correction inside its rounding is made of, and how its frozen part is kept.
+
+N output features (rows), K input features, G groups of a row, R rank; formulas in `low_rank_rounding.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
+from typing import Literal, TypeAlias, get_args
+
+import torch
+from torch import Tensor
+
+from qrecipes.quant.affine import AffineGrid, _arithmetic, _divisor
+from qrecipes.quant.packing import pack, packed_width, signed_range, unpack
+
+Storage: TypeAlias = Literal["fixed_point8", "int4", "bf16", "fp16", "fp32"]
+"""How phi is kept: Q b.(8-b), an int8 of `bits` integer and 8 - `bits` fractional bits; integers, two to a
+byte; or cast to a floating type."""
+FLOATS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+MOST_BITS = {"fixed_point8": 7, "int4": 4} | dict.fromkeys(FLOATS, 8)
+"""Greatest bits of each storage; the least are 2."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LowRankRounding:
+    """What is fixed about a weight: all but its tensors."""
+
+    bits: int
+    """2 to 8."""
+    in_features: int
+    storage: Storage = "fixed_point8"
+    scaling: float = 1.0
+    """Factor of A B: alpha / rank."""
+    key: str = field(init=False, repr=False, compare=False, default="")
+    """The JSON of this rounding as one string, which operators take."""
+
+    def __post_init__(self) -> None:
+        where = "LowRankRounding"
+        if self.storage not in get_args(Storage):
+            raise ValueError(f"{where}.storage: {self.storage!r}; use one of {', '.join(get_args(Storage))}")
+        if not isinstance(self.bits, int) or not 2 <= self.bits <= 8:
+            raise ValueError(f"{where}.bits: {self.bits!r}; use 2 to 8")
+        if self.bits > MOST_BITS[self.storage]:
+            raise ValueError(
+                f"{where}.bits: {self.bits}, but storage {self.storage!r} takes 2 to "
+                f"{MOST_BITS[self.storage]}; "
+                f"use {'fixed_point8, ' if self.bits < 8 else ''}bf16, fp16 or fp32, or fewer bits"
+            )
+        if self.in_features < 1:
+            raise ValueError(f"{where}.in_features: {self.in_features}; a weight has at least one")
+        if not math.isfinite(self.scaling):
+            raise ValueError(f"{where}.scaling: {self.scaling}; alpha / rank is a finite number")
+        fixed = {name: value for name, value in asdict(self).items() if name != "key"}
+        object.__setattr__(self, "key", json.dumps(fixed))
+
+    @property
+    def levels(self) -> tuple[int, int]:
+        """Least and greatest Q."""
+        return signed_range(self.bits)
+
+    def phi_spec(self, out_features: int) -> tuple[tuple[int, int], torch.dtype]:
+        """Shape and type of phi: [N, K], but [N, ceil(K / 2)] bytes of int4."""
+        if self.storage == "int4":
+            return (out_features, packed_width(self.in_features, 4)), torch.uint8
+        dtype = torch.int8 if self.storage == "fixed_point8" else FLOATS[self.storage]
+        return (out_features, self.in_features), dtype
+
+
+@lru_cache(maxsize=4096)
+def rounding_of_key(key: str) -> LowRankRounding:
+    """The rounding whose `key` this is."""
+    return LowRankRounding(**json.loads(key))
+
+
+def encode(levels_NK: Tensor, rounding: LowRankRounding) -> Tensor:
+    """phi of W / s0, or of W / s0 + rnd(z0): exact levels [N, K], floating.
+
+    In fixed point and as integers they are clipped to the grid and rounded half to even. Rounding what is
+    decoded then rounds twice: in fixed point one weight of 2**(8-bits) becomes an exact half, and half of
+    these go to the other side. Floating storage is only cast. What is not a number becomes 0, but stays in
+    floats.
+
+    Raises:
+        ValueError: if `levels_NK` is not a floating matrix of `in_features` columns.
+    """
+    if levels_NK.ndim != 2 or levels_NK.shape[1] != rounding.in_features or not levels_NK.is_floating_point():
+        raise ValueError(
+            f"encode.levels_NK: {levels_NK.dtype} of shape {tuple(levels_NK.shape)}, where a floating matrix "
+            f"of {rounding.in_features} columns is needed; divide the weight by its scales first"
+        )
+    if rounding.storage in FLOATS:
+        return levels_NK.to(FLOATS[rounding.storage]).contiguous()
+    clipped = torch.where(levels_NK.isnan(), 0.0, levels_NK).clamp(*rounding.levels)
+    if rounding.storage == "int4":
+        return pack(torch.round(clipped).to(torch.int8), 4)
+    return torch.round(clipped * _fixed_point_one(rounding)).to(torch.int8).contiguous()
+
+
+def encode_weight(w_NK: Tensor, grid: AffineGrid, rounding: LowRankRounding) -> Tensor:
+    """phi of a weight on a symmetric grid, or one with integer zeros, as the functions of `ranges` give.
+
+    Divided in float32, or float64 of a float64 weight. Groups of scale 0 are not divided.
+
+    Raises:
+        ValueError: if the grid has offsets, or its groups do not divide the rows.
+    """
+    if grid.offset is not None:
+        raise ValueError(
+            "encode_weight.grid: has float offsets, which move W and not its levels; use zero_point='integer'"
+        )
+    w_NGS = grouped("encode_weight.grid", w_NK.to(_arithmetic(w_NK, grid.scale)), grid.scale)
+    levels_NGS = w_NGS / _divisor(grid.scale.to(w_NGS.dtype)).unsqueeze(-1)
+    if grid.zero is not None:
+        levels_NGS = levels_NGS + grid.zero.to(w_NGS.dtype).unsqueeze(-1)
+    return encode(levels_NGS.reshape(w_NK.shape), rounding)
+
+
+def decode(phi: Tensor, rounding: LowRankRounding) -> Tensor:
+    """The levels [N, K] that phi stands for, exact in float32."""
+    if rounding.storage == "int4":
+        return unpack(phi, 4, rounding.in_features).float()
+    if rounding.storage == "fixed_point8":
+        return phi.float() / _fixed_point_one(rounding)
+    return phi.float()
+
+
+def integer_zeros(zero_NG: Tensor, rounding: LowRankRounding) -> Tensor:
+    """Zero points as they are used: rounded half to even and clipped to the levels, still floating.
+
+    As int8 they are the `zero` of an `AffineGrid`.
+    """
+    return torch.round(zero_NG).clamp(*rounding.levels)
+
+
+def check_parts(
+    where: str,
+    phi: Tensor,
+    a_NR: Tensor | None,
+    b_RK: Tensor | None,
+    scale_NG: Tensor | None,
+    zero_NG: Tensor | None,
+    rounding: LowRankRounding,
+) -> None:
+    """Raise ValueError, naming `where`, if the tensors are not those of one weight. Reads none."""
+    N, K = phi.shape[0], rounding.in_features
+    shape, dtype = rounding.phi_spec(N)
+    if phi.dtype is not dtype or tuple(phi.shape) != shape:
+        raise ValueError(
+            f"{where}.phi: {phi.dtype} of shape {tuple(phi.shape)}; {rounding} of {N} rows keeps {dtype} of "
+            f"shape {shape}; use encode"
+        )
+    if (a_NR is None) != (b_RK is None):
+        raise ValueError(f"{where}.a_NR: A and B come together; give both, or None for both at rank 0")
+    if a_NR is not None and b_RK is not None:
+        R = a_NR.shape[1]
+        if a_NR.shape[0] != N or tuple(b_RK.shape) != (R, K) or a_NR.dtype is not b_RK.dtype or R == 0:
+            raise ValueError(
+                f"{where}.a_NR: A is {a_NR.dtype} of shape {tuple(a_NR.shape)} and B {b_RK.dtype} of shape "
+                f"{tuple(b_RK.shape)}; give {N} x rank and rank x {K} of one type, or None for both at rank 0"
+            )
+    for name, t in (("scale_NG", scale_NG), ("zero_NG", zero_NG)):
+        if t is None:
+            continue
+        G = t.shape[1] if t.ndim == 2 else 0
+        if t.ndim != 2 or t.shape[0] != N or G == 0 or K % G or not t.is_floating_point():
+            raise ValueError(
+                f"{where}.{name}: {t.dtype} of shape {tuple(t.shape)}; give floating [{N}, G] with G groups "
+                f"that divide {K}"
+            )
+        if G > 1 and K // G % 8:
+            raise ValueError(
+                f"{where}.{name}: groups of {K // G} inputs; use a multiple of 8, or one group a row"
+            )
+    if scale_NG is not None and zero_NG is not None and scale_NG.shape != zero_NG.shape:
+        raise ValueError(
+            f"{where}.zero_NG: shape {tuple(zero_NG.shape)}, but scales have {tuple(scale_NG.shape)}; give "
+            "one for each scale"
+        )
+
+
+def grouped(where: str, matrix_NK: Tensor, scale_NG: Tensor) -> Tensor:
+    """A matrix [N, K] as [N, G, K // G].
+
+    Raises:
+        ValueError: if the groups do not divide the rows.
+    """
+    (N, K), G = matrix_NK.shape, scale_NG.shape[1]
+    if scale_NG.shape[0] != N or G == 0 or K % G:
+        raise ValueError(f"{where}: shape {tuple(scale_NG.shape)} of scales for {(N, K)}; G divides K")
+    return matrix_NK.reshape(N, G, K // G)
+
+
+def _fixed_point_one(rounding: LowRankRounding) -> int:
+    return 2 ** (8 - rounding.bits)
