@@ -96,7 +96,8 @@ def to_parameter(scale_NG: Tensor, domain: Domain) -> Tensor:
 
 def to_scale(parameter_NG: Tensor, domain: Domain, gradient_factor: float = 1.0) -> Tensor:
     """The scales that parameters stand for, at least `SCALE_FLOOR`; their gradients times a factor."""
-    scale = (parameter_NG.exp() if domain == "log" else parameter_NG).clamp(min=SCALE_FLOOR)
+    scale = parameter_NG.exp() if domain == "log" else parameter_NG
+    scale = torch.where(scale <= SCALE_FLOOR, SCALE_FLOOR, scale)  # NaN stays
     if gradient_factor != 1.0:
         # the difference is exactly zero: only the gradient is scaled
         scale = scale.detach() + (scale - scale.detach()) * gradient_factor
@@ -110,10 +111,12 @@ def lsq_factor(bits: int, weights_per_scale: int) -> float:
 
 
 def round_zero(zero_NG: Tensor, bits: int) -> Tensor:
-    """Zero points rounded to the integers that the bits hold; the gradient passes through the rounding."""
+    """Zero points rounded to the integers that the bits hold; the gradient passes through the rounding, but not
+    where it was clipped."""
     least, greatest = signed_range(bits)
-    clipped = zero_NG.clamp(least, greatest)
-    return clipped + (clipped.round() - clipped).detach()
+    rounded = zero_NG.detach().round()
+    inside = (rounded >= least) & (rounded <= greatest)  # torch.clamp's gradient at a bound is 1 or 0 by version
+    return rounded.clamp(least, greatest) + torch.where(inside, zero_NG - zero_NG.detach(), 0.0)
 
 
 def collapsed_scales(parameter_NG: Tensor, domain: Domain) -> Tensor:
