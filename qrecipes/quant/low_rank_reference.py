@@ -22,9 +22,12 @@ from qrecipes.quant.low_rank_storage import LowRankRounding, decode, grouped, in
 CHUNK_ELEMENTS = 2**18
 """Weights that are worked on at once."""
 GRADIENT_BYTES = 2**26
-"""Most bytes of dL/dW_hat that exist at once in `linear_grads`, unless GRADIENT_ROWS take more."""
+"""Most bytes of dL/dW_hat and of the parts of dA that exist at once in `linear_grads`, unless GRADIENT_ROWS
+take more."""
 GRADIENT_ROWS = 128
 """Rows of dL/dW_hat are worked on in multiples of these."""
+PART_COLUMNS = 128
+"""Columns of dL/dW_hat whose part of dA is kept in memory until the parts are added up."""
 
 
 class LowRankGrads(NamedTuple):
@@ -51,7 +54,7 @@ def low_rank_weight_reference(
     for rows in _row_slices(phi.shape[0], rounding.in_features, CHUNK_ELEMENTS):
         rounded_NK = _rounded(phi[rows], _rows_of(a_NR, rows), b_RK, rounding)
         scale_NG1 = scale_NG[rows].to(_arithmetic(scale_NG, dtype)).unsqueeze(-1)
-        q_NGS = grouped("scale_NG", rounded_NK.clamp(*rounding.levels), scale_NG[rows])
+        q_NGS = grouped(rounded_NK.clamp(*rounding.levels), rounding)
         levels_NGS = q_NGS if zero_NG is None else q_NGS - zero_NG[rows].unsqueeze(-1)
         w_NK[rows] = (levels_NGS * scale_NG1).reshape(rounded_NK.shape).to(dtype)
     return w_NK
@@ -87,8 +90,8 @@ def low_rank_weight_grads_reference(
     work = _arithmetic(grad_NK, scale_NG)
     least, greatest = rounding.levels
     rounded_NK = _rounded(phi, a_NR, b_RK, rounding).to(work)
-    grad_NGS = grouped("scale_NG", grad_NK.to(work), scale_NG)
-    levels_NGS = grouped("scale_NG", rounded_NK.clamp(least, greatest), scale_NG)
+    grad_NGS = grouped(grad_NK.to(work), rounding)
+    levels_NGS = grouped(rounded_NK.clamp(least, greatest), rounding)
     d_zero = None
     if zero_NG is not None:
         levels_NGS = levels_NGS - integer_zeros(zero_NG, rounding).to(work).unsqueeze(-1)
@@ -133,9 +136,11 @@ def linear_grads(
 ) -> LowRankGrads:
     """By rows of dL/dW_hat, one part after the other; the parts of dB are added up in their order."""
     N, K = phi.shape[0], rounding.in_features
+    rank = 0 if a_NR is None else a_NR.shape[1]
+    row_bytes = K * x_TK.element_size() + 4 * rank * -(-K // PART_COLUMNS)
     parts = []
     d_b = None
-    for rows in _row_slices(N, K, GRADIENT_BYTES // x_TK.element_size(), multiple=GRADIENT_ROWS):
+    for rows in _row_slices(N, row_bytes, GRADIENT_BYTES, multiple=GRADIENT_ROWS):
         part = weight_grads(
             dy_TN[:, rows].t() @ x_TK,
             phi[rows],
@@ -165,8 +170,9 @@ def _rounded(phi: Tensor, a_NR: Tensor | None, b_RK: Tensor | None, rounding: Lo
     return torch.round(z_NK)
 
 
-def _row_slices(N: int, K: int, elements: int, multiple: int = 1) -> Iterator[slice]:
-    rows = max(elements // K // multiple, 1) * multiple
+def _row_slices(N: int, row_size: int, size: int, multiple: int = 1) -> Iterator[slice]:
+    """All rows, in slices of `size` at most, but of `multiple` rows at least."""
+    rows = max(size // row_size // multiple, 1) * multiple
     return (slice(first, min(first + rows, N)) for first in range(0, N, rows))
 
 

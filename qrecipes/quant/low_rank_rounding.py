@@ -34,6 +34,9 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from qrecipes.quant.affine import _arithmetic
+from qrecipes.quant.dequantize import _device_limits
+from qrecipes.quant.dequantize_tiles import LEAST_CAPABILITY
+from qrecipes.quant.int8_matmul import HAS_TRITON, _current_device
 from qrecipes.quant.low_rank_reference import (
     LowRankGrads,
     linear_grads,
@@ -41,7 +44,10 @@ from qrecipes.quant.low_rank_reference import (
     low_rank_weight_grads_reference,
     low_rank_weight_reference,
 )
-from qrecipes.quant.low_rank_storage import LowRankRounding, check_parts, rounding_of_key
+from qrecipes.quant.low_rank_storage import LowRankRounding, check_parts, integer_zeros, rounding_of_key
+
+if HAS_TRITON:
+    from qrecipes.quant import low_rank_kernels as kernels
 
 
 def low_rank_weight(
@@ -161,6 +167,114 @@ def low_rank_mm_grad_input(
     return torch.ops.qrecipes.low_rank_mm_grad_input.default(
         dy_TN, phi, a_NR, b_RK, scale_NG, zero_NG, rounding.key
     )
+
+
+def low_rank_weight_triton(
+    phi: Tensor,
+    a_NR: Tensor | None,
+    b_RK: Tensor | None,
+    scale_NG: Tensor,
+    zero_NG: Tensor | None,
+    rounding: LowRankRounding,
+    dtype: torch.dtype,
+) -> Tensor:
+    """`low_rank_weight` by its kernel, which Triton's interpreter runs on the CPU; for no float64."""
+    w_NK = phi.new_empty((phi.shape[0], rounding.in_features), dtype=dtype)
+    if w_NK.numel() > 0:
+        with _current_device(phi):
+            kernels.launch_weight(*_contiguous(phi, a_NR, b_RK, scale_NG, zero_NG), w_NK, rounding)
+    return w_NK
+
+
+def low_rank_integers_triton(
+    phi: Tensor,
+    a_NR: Tensor | None,
+    b_RK: Tensor | None,
+    rounding: LowRankRounding,
+    *,
+    transposed: bool = False,
+) -> Tensor:
+    """`low_rank_integers` by its kernel, as `low_rank_weight_triton`."""
+    N, K = phi.shape[0], rounding.in_features
+    q = phi.new_empty((K, N) if transposed else (N, K), dtype=torch.int8)
+    if q.numel() > 0:
+        with _current_device(phi):
+            parts = _contiguous(phi, a_NR, b_RK, None, None)
+            kernels.launch_weight(*parts, q, rounding, transposed=transposed)
+    return q
+
+
+def low_rank_weight_grads_triton(
+    grad_NK: Tensor,
+    phi: Tensor,
+    a_NR: Tensor | None,
+    b_RK: Tensor | None,
+    scale_NG: Tensor,
+    zero_NG: Tensor | None,
+    rounding: LowRankRounding,
+) -> LowRankGrads:
+    """`low_rank_weight_grads` by its kernel and sums of its parts, as `low_rank_weight_triton`."""
+    if grad_NK.numel() == 0:
+        return low_rank_weight_grads_reference(grad_NK, phi, a_NR, b_RK, scale_NG, zero_NG, rounding)
+    with _current_device(phi):
+        of_weight = _contiguous(phi, a_NR, b_RK, scale_NG, zero_NG)
+        parts = kernels.launch_grads(grad_NK.contiguous(), *of_weight, rounding)
+    N, G = scale_NG.shape
+    d_zero = None
+    if zero_NG is not None and parts.sum is not None:
+        is_trained = torch.round(zero_NG) == integer_zeros(zero_NG, rounding)
+        d_zero = torch.where(is_trained, -scale_NG.float() * parts.sum.view(N, G, -1).sum(-1), 0.0)
+    return LowRankGrads(
+        None if parts.a is None else parts.a.sum(0),
+        None if parts.b is None else parts.b.sum(0).t().contiguous(),
+        parts.scale.view(N, G, -1).sum(-1),
+        d_zero,
+    )
+
+
+def _contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    return tuple(None if t is None else t.contiguous() for t in tensors)
+
+
+def _has_kernel(*tensors: Tensor | None, dtype: torch.dtype = torch.float32) -> bool:
+    wide = torch.float64 in (dtype, *(t.dtype for t in tensors if t is not None))
+    device = next(t.device for t in tensors if t is not None)
+    return HAS_TRITON and not wide and _device_limits(device).capability >= LEAST_CAPABILITY
+
+
+def _weight_on_cuda(
+    phi: Tensor,
+    a_NR: Tensor | None,
+    b_RK: Tensor | None,
+    scale_NG: Tensor,
+    zero_NG: Tensor | None,
+    rounding: LowRankRounding,
+    dtype: torch.dtype,
+) -> Tensor:
+    has_kernel = _has_kernel(phi, a_NR, scale_NG, zero_NG, dtype=dtype)
+    weight = low_rank_weight_triton if has_kernel else low_rank_weight_reference
+    return weight(phi, a_NR, b_RK, scale_NG, zero_NG, rounding, dtype)
+
+
+def _integers_on_cuda(
+    phi: Tensor, a_NR: Tensor | None, b_RK: Tensor | None, rounding: LowRankRounding, *, transposed: bool
+) -> Tensor:
+    integers = low_rank_integers_triton if _has_kernel(phi, a_NR) else low_rank_integers_reference
+    return integers(phi, a_NR, b_RK, rounding, transposed=transposed)
+
+
+def _weight_grads_on_cuda(
+    grad_NK: Tensor,
+    phi: Tensor,
+    a_NR: Tensor | None,
+    b_RK: Tensor | None,
+    scale_NG: Tensor,
+    zero_NG: Tensor | None,
+    rounding: LowRankRounding,
+) -> LowRankGrads:
+    has_kernel = _has_kernel(phi, grad_NK, a_NR, scale_NG, zero_NG)
+    grads = low_rank_weight_grads_triton if has_kernel else low_rank_weight_grads_reference
+    return grads(grad_NK, phi, a_NR, b_RK, scale_NG, zero_NG, rounding)
 
 
 def _present(
@@ -286,6 +400,7 @@ def _linear_grads_fake(
 _REFERENCE = _Functions(
     low_rank_weight_reference, low_rank_integers_reference, low_rank_weight_grads_reference
 )
+_ON_CUDA = _Functions(_weight_on_cuda, _integers_on_cuda, _weight_grads_on_cuda)
 _library = torch.library.Library("qrecipes", "FRAGMENT")
 _WEIGHT = "Tensor phi, Tensor? a_NR, Tensor? b_RK"
 _GRID = "Tensor scale_NG, Tensor? zero_NG"
@@ -321,4 +436,5 @@ for _schema, _implementation, _fake in (
     _name = _schema.partition("(")[0]
     _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(_name, partial(_implementation, _REFERENCE), "CompositeExplicitAutograd")
+    _library.impl(_name, partial(_implementation, _ON_CUDA), "CUDA")
     torch.library.register_fake(f"qrecipes::{_name}", _fake, lib=_library)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from qrecipes.quant.affine import AffineGrid, _arithmetic, _divisor
+from qrecipes.quant.formats import nearest_group_size
 from qrecipes.quant.packing import pack, packed_width, signed_range, unpack
 
 Storage: TypeAlias = Literal["fixed_point8", "int4", "bf16", "fp16", "fp32"]
@@ -32,6 +33,8 @@ class LowRankRounding:
     bits: int
     """2 to 8."""
     in_features: int
+    group_size: int | None = None
+    """Inputs of a row that share a scale, a multiple of 8 that divides them; None: the whole row."""
     storage: Storage = "fixed_point8"
     scaling: float = 1.0
     """Factor of A B: alpha / rank."""
@@ -52,6 +55,15 @@ class LowRankRounding:
             )
         if self.in_features < 1:
             raise ValueError(f"{where}.in_features: {self.in_features}; a weight has at least one")
+        size = self.group_size
+        if size is not None and (
+            not isinstance(size, int) or size < 8 or size % 8 or self.in_features % size
+        ):
+            nearest = nearest_group_size(self.in_features, size) if isinstance(size, int) else None
+            raise ValueError(
+                f"{where}.group_size: {size!r} is no multiple of 8 that divides {self.in_features} input "
+                f"features; use {nearest or 'None (one scale a row)'}"
+            )
         if not math.isfinite(self.scaling):
             raise ValueError(f"{where}.scaling: {self.scaling}; alpha / rank is a finite number")
         fixed = {name: value for name, value in asdict(self).items() if name != "key"}
@@ -61,6 +73,11 @@ class LowRankRounding:
     def levels(self) -> tuple[int, int]:
         """Least and greatest Q."""
         return signed_range(self.bits)
+
+    @property
+    def num_groups(self) -> int:
+        """Groups of a row."""
+        return 1 if self.group_size is None else self.in_features // self.group_size
 
     def phi_spec(self, out_features: int) -> tuple[tuple[int, int], torch.dtype]:
         """Shape and type of phi: [N, K], but [N, ceil(K / 2)] bytes of int4."""
@@ -106,13 +123,18 @@ def encode_weight(w_NK: Tensor, grid: AffineGrid, rounding: LowRankRounding) -> 
     Divided in float32, or float64 of a float64 weight. Groups of scale 0 are not divided.
 
     Raises:
-        ValueError: if the grid has offsets, or its groups do not divide the rows.
+        ValueError: if the grid has offsets, or other groups than the rounding.
     """
     if grid.offset is not None:
         raise ValueError(
             "encode_weight.grid: has float offsets, which move W and not its levels; use zero_point='integer'"
         )
-    w_NGS = grouped("encode_weight.grid", w_NK.to(_arithmetic(w_NK, grid.scale)), grid.scale)
+    if tuple(grid.scale.shape) != (w_NK.shape[0], rounding.num_groups):
+        raise ValueError(
+            f"encode_weight.grid: scales of shape {tuple(grid.scale.shape)}; {w_NK.shape[0]} rows have "
+            f"{rounding.num_groups} groups each of group_size {rounding.group_size}"
+        )
+    w_NGS = grouped(w_NK.to(_arithmetic(w_NK, grid.scale)), rounding)
     levels_NGS = w_NGS / _divisor(grid.scale.to(w_NGS.dtype)).unsqueeze(-1)
     if grid.zero is not None:
         levels_NGS = levels_NGS + grid.zero.to(w_NGS.dtype).unsqueeze(-1)
@@ -163,35 +185,16 @@ def check_parts(
                 f"{tuple(b_RK.shape)}; give {N} x rank and rank x {K} of one type, or None for both at rank 0"
             )
     for name, t in (("scale_NG", scale_NG), ("zero_NG", zero_NG)):
-        if t is None:
-            continue
-        G = t.shape[1] if t.ndim == 2 else 0
-        if t.ndim != 2 or t.shape[0] != N or G == 0 or K % G or not t.is_floating_point():
+        if t is not None and (tuple(t.shape) != (N, rounding.num_groups) or not t.is_floating_point()):
             raise ValueError(
-                f"{where}.{name}: {t.dtype} of shape {tuple(t.shape)}; give floating [{N}, G] with G groups "
-                f"that divide {K}"
+                f"{where}.{name}: {t.dtype} of shape {tuple(t.shape)}; give one floating number for each "
+                f"of the {rounding.num_groups} groups of {N} rows"
             )
-        if G > 1 and K // G % 8:
-            raise ValueError(
-                f"{where}.{name}: groups of {K // G} inputs; use a multiple of 8, or one group a row"
-            )
-    if scale_NG is not None and zero_NG is not None and scale_NG.shape != zero_NG.shape:
-        raise ValueError(
-            f"{where}.zero_NG: shape {tuple(zero_NG.shape)}, but scales have {tuple(scale_NG.shape)}; give "
-            "one for each scale"
-        )
 
 
-def grouped(where: str, matrix_NK: Tensor, scale_NG: Tensor) -> Tensor:
-    """A matrix [N, K] as [N, G, K // G].
-
-    Raises:
-        ValueError: if the groups do not divide the rows.
-    """
-    (N, K), G = matrix_NK.shape, scale_NG.shape[1]
-    if scale_NG.shape[0] != N or G == 0 or K % G:
-        raise ValueError(f"{where}: shape {tuple(scale_NG.shape)} of scales for {(N, K)}; G divides K")
-    return matrix_NK.reshape(N, G, K // G)
+def grouped(matrix_NK: Tensor, rounding: LowRankRounding) -> Tensor:
+    """A matrix [N, K] as [N, G, K // G]."""
+    return matrix_NK.unflatten(1, (rounding.num_groups, rounding.in_features // rounding.num_groups))
 
 
 def _fixed_point_one(rounding: LowRankRounding) -> int:
