@@ -20,20 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from qrecipes.errors import ConfigError
+from qrecipes.generation.cursor import Cursor
+from qrecipes.generation.quantized_cache import CachePlan, KVBits, QuantizedKVCache
 
 PREFILL_CHUNK = 2048
 """Most tokens of a prompt in one pass, which bounds the mask at [B, PREFILL_CHUNK, C]."""
-
-
-class Cursor:
-    """Where the tokens of this pass go in every layer's cache."""
-
-    columns: Tensor
-    """Their columns, int64 [S], consecutive."""
-    end: int
-    """How many columns attention reads."""
-    capacity: int
-    """How many columns there are, at most."""
 
 
 class KVCache(nn.Module):
@@ -66,14 +57,16 @@ class KVCache(nn.Module):
 class CachedDecoder:
     """A torchtune decoder with caches, inside `with decoder.installed(rows, capacity)`.
 
-    Afterwards the model is as it was, to the mode of every module, and holds no cache.
+    Afterwards the model is as it was, to the mode of every module, and holds no cache. `kv_bits` of None
+    stores keys and values in the type that they have.
 
     Raises:
-        ConfigError: if the model is no torchtune decoder of text.
+        ConfigError: if the model is no torchtune decoder of text, or `kv_bits` contradicts what it computes.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, kv_bits: KVBits | None = None) -> None:
         self.model: Any = model
+        self.kv_bits = kv_bits
         self._attentions: list[Any] = [m for m in model.modules() if hasattr(m, "kv_cache")]
         if (
             getattr(model, "max_seq_len", None) is None
@@ -81,8 +74,9 @@ class CachedDecoder:
             or not hasattr(model, "unembed")
         ):
             raise ConfigError(f"{type(model).__name__} generates no text; generate needs a torchtune decoder")
+        self._plans = list(self._cache_plans())
         self.cursor = Cursor()
-        self._caches: list[KVCache] = []
+        self._caches: list[KVCache | QuantizedKVCache] = []
         self._shape: tuple[int, int] | None = None
         self._windows = {
             attention: partial(_look_back, self.cursor, attention.sliding_window_size)
@@ -102,7 +96,7 @@ class CachedDecoder:
         `keep` holds on to the memory for the next time, which then has the same addresses.
         """
         if self._shape != (rows, capacity):
-            self._caches = [KVCache(self.cursor) for _ in self._attentions]
+            self._caches = list(self._new_caches())
             self._shape = (rows, capacity)
         self.cursor.capacity = capacity
         with ExitStack() as after:
@@ -111,6 +105,8 @@ class CachedDecoder:
             for attention, cache in zip(self._attentions, self._caches, strict=True):
                 _set(after, attention, "kv_cache", cache)
                 _set(after, attention, "cache_enabled", True)
+                if isinstance(cache, QuantizedKVCache):
+                    after.enter_context(cache.attached())
             for attention, look_back in self._windows.items():
                 # torchtune's own window counts rows of the mask, which are not columns of the cache
                 _set(after, attention, "sliding_window_size", None)
@@ -123,12 +119,28 @@ class CachedDecoder:
                 if not keep:
                     self._caches, self._shape = [], None
 
+    def _cache_plans(self) -> Iterator[CachePlan | None]:
+        names = {module: fqn for fqn, module in self.model.named_modules()}
+        for attention in self._attentions:
+            yield None if self.kv_bits is None else CachePlan.of(attention, names[attention], self.kv_bits)
+
+    def _new_caches(self) -> Iterator[KVCache | QuantizedKVCache]:
+        for attention, plan in zip(self._attentions, self._plans, strict=True):
+            yield KVCache(self.cursor) if plan is None else QuantizedKVCache(self.cursor, attention, plan)
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of all layers' caches now."""
+        buffers = (buffer for cache in self._caches for buffer in cache.buffers())
+        return sum(buffer.numel() * buffer.element_size() for buffer in buffers)
+
     def prefill(self, tokens_BS: Tensor, padding_B: Tensor) -> Tensor:
         """Logits [B, V] after the last token of each row, with all tokens in the cache from column 0 on.
 
         Rows begin with `padding_B` tokens that are not theirs. Only the last token's logits are computed.
         """
         logits_BV = torch.empty(0)
+        self.cursor.padding = padding_B
         unembed = self.model.unembed
         with ExitStack() as after:
             _set(after, self.model, "unembed", lambda hidden_BSE: unembed(hidden_BSE[:, -1:]))

@@ -16,6 +16,7 @@ from qrecipes.data.beginnings import begins_with_bos
 from qrecipes.data.tokenizers import Tokenizer
 from qrecipes.errors import ConfigError, GenerationError
 from qrecipes.generation.cache import CachedDecoder, forward
+from qrecipes.generation.quantized_cache import KVBits
 from qrecipes.generation.sampling import NO_TOKEN, Sampling, choose, uniforms
 from qrecipes.generation.text import StopStrings, TextStream
 from qrecipes.models.view import vocab_size
@@ -81,7 +82,8 @@ class Generator:
     """Generates with one model, which is left as it was after each call.
 
     `max_length` bounds prompt and added tokens together (None: the model's own bound). `compile` compiles the
-    step that adds one token, for `batch_size` rows and few lengths; it pays over many tokens. `speed` counts
+    step that adds one token, for `batch_size` rows and few lengths; it pays over many tokens. `kv_bits`
+    stores keys and values in so many bits, or in those that the model computes with ("model"). `speed` counts
     over all calls.
 
     Raises:
@@ -96,13 +98,14 @@ class Generator:
         max_length: int | None = None,
         batch_size: int = 8,
         compile: bool = False,
+        kv_bits: KVBits | None = None,
     ) -> None:
         if batch_size < 1:
             raise ConfigError(f"batch_size: {batch_size} is out of range; must be at least 1")
         self.tokenizer = tokenizer
         self.batch_size = batch_size
         self.speed = Speed()
-        self._decoder = CachedDecoder(model)
+        self._decoder = CachedDecoder(model, kv_bits)
         bounds = [bound for bound in (max_length, self._decoder.model.max_seq_len) if bound is not None]
         self.max_length: int = min(bounds)
         self._vocabulary = vocab_size(model)
@@ -280,6 +283,7 @@ def generate_batch(
     *,
     stop: Sequence[str] = (),
     batch_size: int = 8,
+    kv_bits: KVBits | None = None,
 ) -> list[Generation]:
     """What is added to each prompt, in their order, until the end of a document, a stop string or
     `sampling.max_tokens`.
@@ -287,7 +291,8 @@ def generate_batch(
     Raises:
         ConfigError, GenerationError: as `Generator.generate`.
     """
-    return Generator(model, tokenizer, batch_size=batch_size).generate(prompts, sampling, stop=stop)
+    generator = Generator(model, tokenizer, batch_size=batch_size, kv_bits=kv_bits)
+    return generator.generate(prompts, sampling, stop=stop)
 
 
 def generate(

@@ -31,7 +31,7 @@ SCALE_FLOOR = 1e-8
 """Least scale of a token: one of zeros, or of float zero point and equal values, would divide by 0."""
 
 ZeroPoint = Literal["integer", "float"]
-"""How an asymmetric grid counts its zero: rounded, as integer arithmetic wants it, or as LR-QAT's code does."""
+"""How an asymmetric grid counts its zero: rounded, as integer arithmetic wants it, or as LR-QAT's does."""
 
 MIN_BITS, MAX_BITS = 2, 8
 

@@ -164,6 +164,9 @@ class Transform(abc.ABC, Generic[C]):
     """Least SQNR of a tiny model's output after `swap` against before, in dB."""
     finalize_floor_db: ClassVar[float] = 80.0
     """Least SQNR of the output after `finalize` against before, in float32, in dB."""
+    compares_layers: ClassVar[bool] = True
+    """Whether each site is a layer, rows in and rows out, which the probe compares with what came in its
+    place; where it is not, `measure` tells what changed."""
     parity_rtol: ClassVar[float] = 1e-3
     """Relative difference of losses allowed between one process and FSDP2, and between one batch and several
     micro-batches; a looser value states its reason."""
@@ -211,6 +214,11 @@ class Transform(abc.ABC, Generic[C]):
     @abc.abstractmethod
     def bounds(self) -> Bounds:
         """What the probe holds each of this method's layers to."""
+
+    def measure(self, model: nn.Module, run: Callable[[], Any]) -> dict[str, float]:
+        """SQNR in dB of what the method changes at each of its sites in a swapped model, while `run()`
+        computes with it, once; of a method that compares no layers. Sites not reached are absent."""
+        return {}
 
     def merge_bounds(self) -> MergeBounds:
         """What an export holds `finalize` to."""

@@ -102,43 +102,101 @@ class Chain:
         ]
         by_name = {row.fqn: row for row in rows}
         faults: list[str] = []
+        changed: dict[Transform, set[str]] = {}
         for transform in self.transforms:
             sites = transform.sites(model)
             if not sites:
                 raise ConfigError(self._selected_nothing(transform, model))
-            recordings = probe.record(model, sites, loss) if loss is not None else {}
-            model = transform.swap(model)
-            swapped = transform.layers(model)
-            owned = {id(p) for group in transform.param_groups(model) for p in group.params}
-            bounds = transform.bounds()
-            # a layer that was low-bit before keeps its integers, and so may keep its products
-            low_bit = replace(bounds, may_equal=True)
-            for fqn, site in sites.items():
-                layer, row = swapped.get(fqn), by_name.get(fqn)
-                if layer is None:
-                    faults.append(f"{fqn}: selected by {transform.name}, but not replaced")
-                    continue
-                if row is not None:
-                    row.method, row.bytes_after = transform.name, parameter_bytes(layer)
-                if fqn in recordings:
-                    allowed = low_bit if isinstance(site, QuantLinear) else bounds
-                    sqnr, found = probe.compare(
-                        fqn, transform.name, layer, allowed, recordings[fqn], owned, device
-                    )
-                    faults += found
-                    if row is not None:
-                        row.sqnr_db = sqnr
-                elif loss is not None:
-                    faults.append(
-                        f"{fqn}: {transform.name} replaced it, but its forward was not called, or got no "
-                        "gradient; "
-                        "a model that reads the layer's weight itself needs it in `skip`"
-                    )
+            if transform.compares_layers:
+                model, found = self._swap_layers(transform, model, sites, by_name, loss, device)
+            else:
+                model, added, found = self._swap_tensors(transform, model, sites, loss)
+                rows += added
+            faults += found
+            changed[transform] = set(sites) & set(transform.layers(model))
+        self._check_kept(model, changed)
         self._explain(rows, {fqn: linear for fqn, linear, _ in before})
         self._receipt = Receipt(rows)
         probe.raise_faults(faults)
         self._freeze(model)
         return model
+
+    @staticmethod
+    def _swap_layers(
+        transform: Transform,
+        model: nn.Module,
+        sites: Mapping[str, nn.Module],
+        rows: Mapping[str, LayerReceipt],
+        loss: probe.Loss | None,
+        device: torch.device | None,
+    ) -> tuple[nn.Module, list[str]]:
+        """The model with a transform's layers, each compared with the one before it; and what is wrong."""
+        recordings = probe.record(model, dict(sites), loss) if loss is not None else {}
+        model = transform.swap(model)
+        swapped = transform.layers(model)
+        owned = {id(p) for group in transform.param_groups(model) for p in group.params}
+        bounds = transform.bounds()
+        # a layer that was low-bit before keeps its integers, and so may keep its products
+        low_bit = replace(bounds, may_equal=True)
+        faults = []
+        for fqn, site in sites.items():
+            layer, row = swapped.get(fqn), rows.get(fqn)
+            if layer is None:
+                faults.append(f"{fqn}: selected by {transform.name}, but not replaced")
+                continue
+            if row is not None:
+                row.method, row.bytes_after = transform.name, parameter_bytes(layer)
+            if fqn in recordings:
+                allowed = low_bit if isinstance(site, QuantLinear) else bounds
+                sqnr, found = probe.compare(
+                    fqn, transform.name, layer, allowed, recordings[fqn], owned, device
+                )
+                faults += found
+                if row is not None:
+                    row.sqnr_db = sqnr
+            elif loss is not None:
+                faults.append(
+                    f"{fqn}: {transform.name} replaced it, but its forward was not called, or got no "
+                    "gradient; a model that reads the layer's weight itself needs it in `skip`"
+                )
+        return model, faults
+
+    @staticmethod
+    def _swap_tensors(
+        transform: Transform, model: nn.Module, sites: Mapping[str, nn.Module], loss: probe.Loss | None
+    ) -> tuple[nn.Module, list[LayerReceipt], list[str]]:
+        """The model with a transform that compares no layers; rows of the receipt, and what is wrong."""
+        model = transform.swap(model)
+        swapped = transform.layers(model)
+        measured: dict[str, float] = {}
+        if loss is not None:
+            measured = probe.undisturbed(model, lambda: transform.measure(model, lambda: loss(model)))
+        bounds = transform.bounds()
+        rows, faults = [], []
+        for fqn in sites:
+            rows.append(LayerReceipt(fqn, (), transform.name, None, 0, 0))
+            if fqn not in swapped:
+                faults.append(f"{fqn}: selected by {transform.name}, but not changed")
+            elif loss is None:
+                continue
+            elif fqn not in measured:
+                faults.append(f"{fqn}: was not computed: {transform.name} is not on")
+            else:
+                rows[-1].sqnr_db, found = probe.judge(fqn, transform.name, {"output": measured[fqn]}, bounds)
+                faults += found
+        return model, rows, faults
+
+    @staticmethod
+    def _check_kept(model: nn.Module, changed: Mapping[Transform, set[str]]) -> None:
+        """Raise ConfigError where a transform undid what one before it had changed."""
+        for transform, names in changed.items():
+            lost = sorted(names - set(transform.layers(model)))
+            if lost:
+                raise ConfigError(
+                    f"transform {transform.name}: a later transform replaced {', '.join(lost[:3])}"
+                    f"{', ...' if len(lost) > 3 else ''}, and with it what {transform.name} had changed; put "
+                    f"{transform.name} after it"
+                )
 
     @staticmethod
     def _selected_nothing(transform: Transform, model: nn.Module) -> str:

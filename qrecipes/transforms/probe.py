@@ -9,9 +9,9 @@ Where a layer has parameters that its method trains, a gradient must reach one o
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,7 @@ WEIGHT_ROWS = 128
 as large as the model."""
 
 Loss = Callable[[nn.Module], Tensor]
+T = TypeVar("T")
 
 
 class Products(NamedTuple):
@@ -81,6 +82,39 @@ def record(model: nn.Module, sites: dict[str, nn.Module], loss: Loss) -> dict[st
         fqn: Recording(x.cpu(), grad.cpu(), _to_cpu(layer_products(sites[fqn], x, grad)))
         for fqn, (x, grad) in rows.items()
     }
+
+
+def undisturbed(model: nn.Module, run: Callable[[], T]) -> T:
+    """What `run()`, which computes with the model, returns; without gradients, and with the model's buffers
+    and the random state put back."""
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    try:
+        with torch.random.fork_rng(devices=list(devices)), torch.no_grad():
+            return run()
+    finally:
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
+
+
+def judge(
+    fqn: str, method: str, found_db: Mapping[str, float], bounds: Bounds
+) -> tuple[dict[str, float], list[str]]:
+    """What may be reported of SQNRs by product, inf being no change, and what is wrong with them."""
+    sqnr, faults = {}, []
+    for product, db in found_db.items():
+        floor = getattr(bounds, product)
+        if db == math.inf:
+            if not bounds.may_equal:
+                faults.append(f"{fqn}: {product} is bit-equal to the original: {method} is not on")
+        elif floor is not None and (math.isnan(db) or db < floor):
+            faults.append(
+                f"{fqn}: {product} has an SQNR of {db:.1f} dB; {method} allows no less than {floor:.1f} dB"
+            )
+        else:
+            sqnr[product] = round(db, 2)
+    return sqnr, faults
 
 
 def _recorder(

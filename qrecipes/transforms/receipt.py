@@ -10,12 +10,12 @@ from typing import Any
 
 @dataclass
 class LayerReceipt:
-    """What became of one linear layer."""
+    """What became of one linear layer, or of one tensor between layers."""
 
     fqn: str
     """Fully qualified name in the model before the swap."""
     shape: tuple[int, ...]
-    """[out_features, in_features]."""
+    """[out_features, in_features]; nothing for a tensor between layers."""
     method: str | None
     """Name of the transform that replaced it, or None."""
     reason: str | None
@@ -31,7 +31,7 @@ class LayerReceipt:
 
 @dataclass
 class Receipt:
-    """Every linear layer of a model, in the model's order."""
+    """Every linear layer of a model, in the model's order, then every tensor that a transform changes."""
 
     layers: list[LayerReceipt]
 
@@ -44,12 +44,16 @@ class Receipt:
         """One line: how many layers, weights and bytes each method took over, and the probe's worst
         findings."""
         if not self.methods:
-            return f"no transform: {len(self.layers)} linear layers as built"
+            return f"no transform: {self._num_linears} linear layers as built"
         parts = [self._method_summary(method) for method in self.methods]
         left = [layer for layer in self.layers if layer.method is None]
         if left:
             parts.append("left alone: " + _counted([f"{layer.fqn} ({layer.reason})" for layer in left]))
         return "; ".join(parts)
+
+    @property
+    def _num_linears(self) -> int:
+        return sum(bool(layer.shape) for layer in self.layers)
 
     def _method_summary(self, method: str) -> str:
         mine = [layer for layer in self.layers if layer.method == method]
@@ -57,10 +61,13 @@ class Receipt:
         before, after = (
             sum(getattr(layer, key) for layer in mine) for key in ("bytes_before", "bytes_after")
         )
-        text = (
-            f"{method}: {len(mine)} of {len(self.layers)} linear layers, {weights:,} weights, "
-            f"{_megabytes(before)} -> {_megabytes(after)}"
-        )
+        if mine[0].shape:
+            text = (
+                f"{method}: {len(mine)} of {self._num_linears} linear layers, {weights:,} weights, "
+                f"{_megabytes(before)} -> {_megabytes(after)}"
+            )
+        else:
+            text = f"{method}: {len(mine)} tensors between layers"
         worst = {
             product: min(layer.sqnr_db[product] for layer in mine if product in layer.sqnr_db)
             for product in dict.fromkeys(key for layer in mine for key in layer.sqnr_db)
