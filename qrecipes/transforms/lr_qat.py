@@ -74,7 +74,7 @@ class LRQATConfig(QATConfig):
         if not (math.isfinite(self.alpha) and self.alpha > 0):
             raise ConfigError(f"{where}.alpha: {self.alpha} is not positive; use a number such as 1")
         try:
-            self.rounding(1)
+            self.rounding(self.group_size or 1)
         except ValueError as error:
             raise ConfigError(f"{where}.storage: {error}") from error
         if self.init == "loftq" and (self.storage != "int4" or self.rank == 0):
@@ -87,7 +87,11 @@ class LRQATConfig(QATConfig):
         """What is fixed about the weights of a layer."""
         scaling = self.alpha / self.rank if self.rank else 1.0
         return LowRankRounding(
-            bits=self.bits, in_features=in_features, storage=self.storage, scaling=scaling
+            bits=self.bits,
+            in_features=in_features,
+            group_size=self.group_size,
+            storage=self.storage,
+            scaling=scaling,
         )
 
 

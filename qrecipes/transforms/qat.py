@@ -20,6 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from qrecipes.errors import ConfigError, TrainingError
+from qrecipes.models.activation_quantizers import (
+    ActivationScheme,
+    insert_activation_quantizers,
+    remove_activation_quantizers,
+)
 from qrecipes.quant.affine import AffineGrid
 from qrecipes.quant.input_linear import InputFormat, QuantInputLinear, check_integer_weight
 from qrecipes.quant.learned_grid import (
@@ -89,6 +94,10 @@ class QATConfig(TransformConfig):
     integer_forward: bool = False
     """Multiply the integers of input and weight, exactly and in INT8 where the GPU can, and scale the sums: the
     arithmetic of integer hardware. Needs symmetric inputs and weights, and one scale a row."""
+    kv_bits: int | None = None
+    """Quantize what the key and value projections give to so many bits, 2 to 8, a grid a head and token, as a cache
+    of keys and values stores it; with `activation_bits`, also queries and keys as attention multiplies them, to
+    those. Left out: not at all. For other activations add the transform that is made for them."""
 
     @property
     def where(self) -> str:
@@ -107,6 +116,10 @@ class QATConfig(TransformConfig):
             value = getattr(self, key)
             if not (math.isfinite(value) and value >= 0):
                 raise ConfigError(f"{where}.{key}: {value}; use a number of at least 0, such as 0.01")
+        try:
+            self.kv_scheme()
+        except ConfigError as error:
+            raise ConfigError(f"{where}.kv_bits: {error}") from error
         if self.activation_bits is None:
             for key, default in (("integer_forward", False), ("activation_skip", ())):
                 if getattr(self, key) != default:
@@ -126,6 +139,13 @@ class QATConfig(TransformConfig):
     def format(self) -> TrainedFormat:
         """The grid of the weights."""
         return TrainedFormat(bits=self.bits, group_size=self.group_size, symmetric=self.symmetric)
+
+    def kv_scheme(self) -> ActivationScheme | None:
+        """What of attention is quantized."""
+        if self.kv_bits is None:
+            return None
+        multiplied = {} if self.activation_bits is None else dict.fromkeys(("qe", "ke"), self.activation_bits)
+        return ActivationScheme(pattern=dict.fromkeys(("k", "v"), self.kv_bits) | multiplied)
 
     def input_format(self, fqn: str = "") -> InputFormat | None:
         """How the input of the layer `fqn` is quantized."""
@@ -247,7 +267,16 @@ class QATTransform(LinearTransform[Any]):
                 )
         for fqn, layer in layers.items():
             layer.input_format = self.config.input_format(fqn)
-        return model
+        return self._quantize_attention(model)
+
+    def _quantize_attention(self, model: nn.Module) -> nn.Module:
+        scheme = self.config.kv_scheme()
+        if scheme is None:
+            return model
+        try:
+            return insert_activation_quantizers(model, scheme)
+        except ConfigError as error:
+            raise ConfigError(f"{self.name}.kv_bits: {error}") from error
 
     def bounds(self) -> Bounds:
         """As far off as the grid of the weights is, or that of the inputs where it is coarser."""
@@ -259,7 +288,7 @@ class QATTransform(LinearTransform[Any]):
     def merge_bounds(self) -> MergeBounds:
         """The weights are equal. Sums are not, where another kernel adds them up, and then a quantized input can
         be rounded to its other neighbour."""
-        if self.config.activation_bits is None:
+        if self.config.activation_bits is None and self.config.kv_bits is None:
             return MergeBounds(1e-10, 1e-4, math.inf, 1e-3)
         return MergeBounds(None if self.config.integer_forward else math.inf, math.inf, math.inf, 5e-3)
 
@@ -287,11 +316,15 @@ class QATTransform(LinearTransform[Any]):
                 check_scales(fqn, cast(QATLinear, layer))
 
     def finalize(self, model: nn.Module) -> nn.Module:
-        """As of every method.
+        """As of every method; keys and values stay quantized, as they were in training.
 
         Raises:
             TrainingError: if a scale has collapsed or is not finite, naming the layer.
         """
-        for fqn, layer in self.layers(model).items():
+        layers = self.layers(model)
+        for fqn, layer in layers.items():
             check_scales(fqn or "the layer", cast(QATLinear, layer))
-        return super().finalize(model)
+        if not layers or self.config.kv_bits is None:
+            return super().finalize(model)
+        remove_activation_quantizers(model)  # some are on layers that are replaced
+        return self._quantize_attention(super().finalize(model))

@@ -102,10 +102,7 @@ class TorchaoQATLinear(nn.Module):
             TrainingError: if they do not give the trained weight, as when torchao's rule has changed.
         """
         config, dtype = self.config, self.weight.dtype
-        groups = (self.in_features // config.group_size, config.group_size)
-        w_NGS = self.weight.detach().to(torch.promote_types(dtype, torch.float32)).unflatten(1, groups)
-        rule = _symmetric_integers if config.scheme == "8da4w" else _ranged_integers
-        q_NGS, grid = rule(w_NGS)
+        q_NGS, grid = self._symmetric_integers() if config.scheme == "8da4w" else self._ranged_integers()
         layer = QuantLinear.from_integers(
             q_NGS.flatten(1).to(torch.int8), grid, config.format, self.bias, dtype
         )
@@ -113,6 +110,26 @@ class TorchaoQATLinear(nn.Module):
         if self.activation_fake_quantizer is None:
             return layer
         return QuantInputLinear.of(layer, InputFormat(bits=8, symmetric=False))
+
+    def _grouped(self, weight_NK: Tensor) -> Tensor:
+        size = self.config.group_size
+        work = torch.promote_types(weight_NK.dtype, torch.float32)
+        return weight_NK.detach().to(work).unflatten(1, (self.in_features // size, size))
+
+    def _ranged_integers(self) -> tuple[Tensor, AffineGrid]:
+        """Levels over each group's range, as torchao's int4_weight rounds them."""
+        w_NGS, half = self._grouped(self.weight), 2 ** (BITS - 1)
+        low, high = w_NGS.amin(-1, keepdim=True), w_NGS.amax(-1, keepdim=True)
+        scale = (high - low).clamp(min=LEAST_RANGE) / LEVELS
+        q_NGS = ((w_NGS - low) / scale).round().clamp(0, LEVELS) - half
+        return q_NGS, AffineGrid(scale.squeeze(-1), offset=(low + scale * half).squeeze(-1))
+
+    def _symmetric_integers(self) -> tuple[Tensor, AffineGrid]:
+        """What torchao's 8da4w rounded: its quantizer keeps the scales that it used, in the model's type."""
+        trained_NGS = self._grouped(self.weight_fake_quantizer(self.weight))
+        scale_NG = self.weight_fake_quantizer.scale.detach().reshape(trained_NGS.shape[:2])
+        scale_NG = scale_NG.to(trained_NGS.dtype)
+        return (trained_NGS / scale_NG.unsqueeze(-1)).round(), AffineGrid(scale_NG.float())
 
     def _check(self, layer: QuantLinear, scale_NG: Tensor) -> None:
         if scale_NG.is_meta:
@@ -126,24 +143,6 @@ class TorchaoQATLinear(nn.Module):
                 f"torchao_qat: the merged weight differs from the trained one by up to {float(off.max()):.2g}; this "
                 "version of torchao quantizes otherwise, so use the one that the project names, or another method"
             )
-
-
-def _ranged_integers(w_NGS: Tensor) -> tuple[Tensor, AffineGrid]:
-    """Levels over each group's range, as torchao's int4_weight rounds them."""
-    low, high = w_NGS.amin(-1, keepdim=True), w_NGS.amax(-1, keepdim=True)
-    scale = (high - low).clamp(min=LEAST_RANGE) / LEVELS
-    half = 2 ** (BITS - 1)
-    q_NGS = ((w_NGS - low) / scale).round().clamp(0, LEVELS) - half
-    return q_NGS, AffineGrid(scale.squeeze(-1), offset=(low + scale * half).squeeze(-1))
-
-
-def _symmetric_integers(w_NGS: Tensor) -> tuple[Tensor, AffineGrid]:
-    """Levels -8 to 7 over the largest magnitude, as torchao's 8da4w rounds them: it spans 7.5 steps."""
-    largest = w_NGS.abs().amax(-1, keepdim=True)
-    scale = (largest / (LEVELS / 2)).clamp(min=torch.finfo(torch.float32).smallest_normal)
-    half = 2 ** (BITS - 1)
-    q_NGS = (w_NGS * (1 / scale)).round().clamp(-half, half - 1)  # torchao multiplies by the reciprocal
-    return q_NGS, AffineGrid(scale.squeeze(-1))
 
 
 @register("torchao_qat")
