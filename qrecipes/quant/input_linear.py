@@ -39,8 +39,8 @@ class InputFormat:
             raise ValueError(f"InputFormat.bits: {self.bits!r}; use {MIN_BITS} to {MAX_BITS}")
         if self.integer and not self.symmetric:
             raise ValueError(
-                "InputFormat.integer: true, but an asymmetric input has a zero point, which the integer product "
-                "does not subtract; set symmetric=True, or integer=False"
+                "InputFormat.integer: true, but an asymmetric input has a zero point, which the integer "
+                "product does not subtract; set symmetric=True, or integer=False"
             )
 
 
@@ -48,13 +48,16 @@ def check_integer_weight(format: AffineFormat, where: str) -> None:
     """Raise ValueError, naming `where`, if weights of this format have no integer product."""
     if not format.symmetric or format.group_size is not None:
         raise ValueError(
-            f"{where}: integer products scale whole rows of symmetric integers, and the weight is {format}; set "
-            "symmetric=True and group_size=None, or leave the integer forward off"
+            f"{where}: integer products scale whole rows of symmetric integers, and the weight is "
+            f"{format}; set symmetric=True and group_size=None, or leave the integer forward off"
         )
 
 
 def integer_tokens(x_TK: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Symmetric integers int8 [T, K] and the float32 scale [T, 1] of each row; at 8 bits by the INT8 kernels."""
+    """Symmetric integers int8 [T, K] and the float32 scale [T, 1] of each row.
+
+    At 8 bits the INT8 kernels make them.
+    """
     if bits == MAX_BITS:
         return quantize_rows(x_TK)
     tokens = quantize(x_TK, bits, symmetric=True)
@@ -74,7 +77,7 @@ def integer_product(
 
 
 class QuantInputLinear(QuantLinear):
-    """A `QuantLinear` that quantizes its input as `input_format` says; the gradient passes straight through."""
+    """A `QuantLinear` that quantizes its input as `input_format` says, straight through to the gradient."""
 
     input_format: InputFormat = InputFormat()
 

@@ -1,7 +1,7 @@
-"""Quantization grids that are trained: where they start, how a parameter stands for a scale, how they fail.
+"""Quantization grids that are trained: where they start, how parameters stand for scales, how they fail.
 
-N rows, G groups of a row. Scales and zero points are float32 whatever the model's type: steps of a learning rate
-for scales, such as 1e-5, are lost in bfloat16.
+N rows, G groups of a row. Scales and zero points are float32 whatever the model's type: steps of a learning
+rate for scales, such as 1e-5, are lost in bfloat16.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ def initial_grid(
 ) -> TrainedGrid:
     """The grid that training starts from: over each group's whole range, or the part that loses least.
 
-    Groups without a range (zeros, in a layer that starts at zero) get the mean scale of the others, or one for
-    weights up to 1 / sqrt(K) where there are no others: a scale of zero would never leave it.
+    Groups without a range (zeros, in a layer that starts at zero) get the mean scale of the others, or one
+    for weights up to 1 / sqrt(K) where there are no others: a scale of zero would never leave it.
 
     Raises:
         ConfigError: if a weight is not finite. Reads the tensor.
@@ -68,7 +68,9 @@ def initial_grid(
         empty = w_NK.new_empty(w_NK.shape[0], format.num_groups(w_NK.shape[1]), dtype=torch.float32)
         return TrainedGrid(empty, None if format.symmetric else torch.empty_like(empty))
     if not torch.isfinite(w_NK).all():
-        raise ConfigError(f"{where}: holds weights that are not finite; load other weights, or skip the layer")
+        raise ConfigError(
+            f"{where}: holds weights that are not finite; load other weights, or skip the layer"
+        )
     if ranges == "lp":
         grid = lp_grid(w_NK, format, p=p)
     else:
@@ -111,11 +113,12 @@ def lsq_factor(bits: int, weights_per_scale: int) -> float:
 
 
 def round_zero(zero_NG: Tensor, bits: int) -> Tensor:
-    """Zero points rounded to the integers that the bits hold; the gradient passes through the rounding, but not
-    where it was clipped."""
+    """Zero points rounded to the integers that the bits hold; the gradient passes through the rounding, but
+    not where it was clipped."""
     least, greatest = signed_range(bits)
     rounded = zero_NG.detach().round()
-    inside = (rounded >= least) & (rounded <= greatest)  # torch.clamp's gradient at a bound is 1 or 0 by version
+    # by hand, since torch.clamp's gradient at a bound is 1 in some versions and 0 in others
+    inside = (rounded >= least) & (rounded <= greatest)
     return rounded.clamp(least, greatest) + torch.where(inside, zero_NG - zero_NG.detach(), 0.0)
 
 

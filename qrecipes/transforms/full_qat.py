@@ -11,8 +11,8 @@ With g = dL/dW_hat and M = [q_min <= rnd(v) + z <= q_max], rnd passed straight t
 
     dW = g * M      ds = sum of g * (q - z - M * v)      dz = -s * sum of g * (1 - M)
 
-over the scale's group. The weight is kept in the model's type, and what has its size is made anew in the backward
-pass.
+over the scale's group. The weight is kept in the model's type, and what has its size is made anew in the
+backward pass.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class FullQATLinear(QATLinear):
 
     def __init__(self, config: FullQATConfig, layer: nn.Linear, grid: TrainedGrid) -> None:
         super().__init__(config, layer, grid, layer.weight.dtype)
-        self.weight = layer.weight
+        self.weight: nn.Parameter = layer.weight
 
     @classmethod
     def from_linear(cls, layer: nn.Linear, config: FullQATConfig) -> FullQATLinear:
@@ -183,5 +183,6 @@ class FullQAT(QATTransform):
     def param_groups(self, model: nn.Module) -> list[ParamGroup]:
         """Weights and biases, and what the grid has."""
         layers = cast("list[FullQATLinear]", list(self.layers(model).values()))
-        trained = [p for layer in layers for p in (layer.weight, layer.bias) if p is not None]
+        weights: list[nn.Parameter] = [layer.weight for layer in layers]
+        trained = weights + [layer.bias for layer in layers if layer.bias is not None]
         return [ParamGroup("weights", trained), *super().param_groups(model)]

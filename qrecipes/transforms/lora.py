@@ -130,8 +130,8 @@ class LoRAConfig(TransformConfig):
         ):
             if self.base == "nf4" and getattr(self, key) != default:
                 raise ConfigError(
-                    f"{where}.{key}: {getattr(self, key)!r} {what}, and base is 'nf4'; leave it out, or set base "
-                    "to 'int4'"
+                    f"{where}.{key}: {getattr(self, key)!r} {what}, and base is 'nf4'; leave it out, or "
+                    "set base to 'int4'"
                 )
         try:
             self.format()

@@ -1,15 +1,15 @@
-"""LR-QAT (arXiv 2406.06385): a low-rank correction inside the rounding of a frozen weight, which is fused into one
-matrix of integers at the end.
+"""LR-QAT: a low-rank correction inside the rounding of a frozen weight, which ends as one integer matrix.
 
-K input features, N output features, R rank, G groups of a row; kappa = alpha / R, s0 and z0 the grid at the start:
+arXiv 2406.06385. K input features, N output features, R rank, G groups of a row; kappa = alpha / R, s0 and
+z0 the grid at the start:
 
     phi    = encode(W / s0 + z0)                            frozen, in few bits
     q      = clip(rnd(decode(phi) + kappa * A B), q_min, q_max)
     W_hat  = s * (q - rnd(z)),   y = x W_hat^T + bias       A [N, R], B [R, K], s and z [N, G] train
 
-`quant/low_rank_rounding.py` has the arithmetic and the gradients. phi is made once, from the weight, and is what a
-checkpoint holds: it is not made again when a run resumes. With rank 0 only scales train, as in PEQA (arXiv
-2305.14152).
+`quant/low_rank_rounding.py` has the arithmetic and the gradients. phi is made once, from the weight, and is
+what a checkpoint holds: it is not made again when a run resumes. With rank 0 only scales train, as in PEQA
+(arXiv 2305.14152).
 """
 
 from __future__ import annotations
@@ -79,8 +79,8 @@ class LRQATConfig(QATConfig):
             raise ConfigError(f"{where}.storage: {error}") from error
         if self.init == "loftq" and (self.storage != "int4" or self.rank == 0):
             raise ConfigError(
-                f"{where}.init: 'loftq' puts into A and B what integers lose, and storage is {self.storage!r} at "
-                f"rank {self.rank}; set storage = \"int4\" and a rank, or init = \"zero\""
+                f"{where}.init: 'loftq' puts into A and B what integers lose, and storage is "
+                f'{self.storage!r} at rank {self.rank}; set storage = "int4" and a rank, or init = "zero"'
             )
 
     def rounding(self, in_features: int) -> LowRankRounding:
@@ -122,8 +122,9 @@ class LRQATLinear(QATLinear):
 
     @classmethod
     def from_linear(cls, layer: nn.Linear | QuantLinear, config: LRQATConfig) -> LRQATLinear:
-        """The layer on the grid of `layer`, if it is quantized already, or on one that is searched for; B is drawn
-        from the global random state.
+        """The layer on the grid of `layer`, if it is quantized already, or on one that is searched for.
+
+        B is drawn from the global random state.
 
         Raises:
             ConfigError: if its weights are not finite, or it is quantized in another format.
@@ -175,8 +176,10 @@ class LRQATLinear(QATLinear):
 
 
 class _IntegerLowRankLinear(torch.autograd.Function):
-    """Y = s_x s (X_q Q^T) + b in integers, straight through to the gradients of x_hat W_hat^T; keeps the integers
-    of x and the given tensors."""
+    """Y = s_x s (X_q Q^T) + b in integers, with the gradients of x_hat W_hat^T + b.
+
+    Keeps the integers of x and the given tensors.
+    """
 
     @staticmethod
     def forward(
@@ -249,9 +252,9 @@ def check_base(layer: QuantLinear, config: LRQATConfig, where: str) -> None:
     )
     if not fits:
         raise ConfigError(
-            f"lr_qat: {where}: is quantized already, as {given}; the transform asks for {wanted.stored}, with "
-            "integer zero points if any; give it the layer's own bits, group_size and symmetric, or skip the "
-            "layer"
+            f"lr_qat: {where}: is quantized already, as {given}; the transform asks for {wanted.stored}, "
+            "with integer zero points if any; give it the layer's own bits, group_size and symmetric, or "
+            "skip the layer"
         )
     if config.init == "loftq":
         raise ConfigError(
@@ -279,11 +282,13 @@ def loftq_levels(
     rank: int,
     iterations: int = LOFTQ_ITERATIONS,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """phi, A and B of least ||S (U - phi - kappa A B)||, U the exact levels, among `iterations` alternations of phi =
-    encode(U - kappa A B) and an SVD of rank R, in float32 (LoftQ, arXiv 2310.08659, algorithm 1).
+    """phi, A and B that give exact levels U best, of `iterations` alternations (LoftQ, arXiv 2310.08659).
 
-    S holds one number a row, the root mean square of its scales, so that errors of W count, not of levels; with one
-    scale a row this is exact. Scales belong to rows, so A alone is divided by them: B has columns.
+    Each sets phi = encode(U - kappa A B), and A B to the SVD of rank R of what is left, in float32; best is
+    the least ||S (U - phi - kappa A B)||.
+
+    S holds one number a row, the root mean square of its scales, so that errors of W count, not of levels;
+    with one scale a row this is exact. Scales belong to rows, so A alone is divided by them: B has columns.
     """
     row_N1 = scale_NG.square().mean(1, keepdim=True).sqrt()
     exact = levels_NK.float()
@@ -321,8 +326,8 @@ class LRQAT(QATTransform):
         most = min(site.in_features, site.out_features)
         if config.rank > most:
             raise ConfigError(
-                f"lr_qat.rank: {config.rank} is more than {fqn} of {site.out_features} x {site.in_features} can "
-                f"have; use at most {most}, or add {fqn!r} to skip"
+                f"lr_qat.rank: {config.rank} is more than {fqn} of {site.out_features} x "
+                f"{site.in_features} can have; use at most {most}, or add {fqn!r} to skip"
             )
 
     def param_groups(self, model: nn.Module) -> list[ParamGroup]:

@@ -1,10 +1,10 @@
 """torchao's own quantization-aware training, as a baseline: its fake quantizers, and what they end as here.
 
     int4_weight    Int4WeightOnlyConfig: 4 bits over each group's whole range, with a float zero point
-    8da4w          Int8DynamicActivationIntxWeightConfig: symmetric 4 bits, and asymmetric 8 bits for every token
+    8da4w          Int8DynamicActivationIntxWeightConfig: symmetric 4 bits, and inputs of asymmetric 8 bits
 
-Both train all weights and learn no scale. torchao converts the first to kernels of certain GPUs and the second to a
-tensor subclass; `merged` gives the same integers and grid as a low-bit layer of this library.
+Both train all weights and learn no scale. torchao converts the first to kernels of certain GPUs and the
+second to a tensor subclass; `merged` gives the same integers and grid as a low-bit layer of this library.
 """
 
 from __future__ import annotations
@@ -65,7 +65,8 @@ class TorchaoQATConfig(TransformConfig):
         if self.scheme == "int4_weight":
             return QATConfig(Int4WeightOnlyConfig(group_size=self.group_size), step="prepare")
         base = Int8DynamicActivationIntxWeightConfig(
-            weight_dtype=torch.int4, weight_granularity=PerGroup(self.group_size)
+            weight_dtype=torch.int4,  # type: ignore[attr-defined]
+            weight_granularity=PerGroup(self.group_size)
         )
         return QATConfig(base, step="prepare")
 
@@ -86,7 +87,8 @@ class TorchaoQATLinear(nn.Module):
         """The layer that torchao's prepare step makes, with the Parameters of `layer`."""
         wanted = config.torchao_config()
         fake = _QUANTIZE_CONFIG_HANDLER[type(wanted)](layer, wanted)
-        fake.weight, fake.bias = layer.weight, layer.bias  # where these are on the meta device, it makes others
+        # where these are on the meta device, torchao makes others
+        fake.weight, fake.bias = layer.weight, layer.bias
         return cls(fake, config)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -137,11 +139,13 @@ class TorchaoQATLinear(nn.Module):
         trained = self.weight_fake_quantizer(self.weight).float()
         off = (layer.dequantize(torch.float32) - trained).abs()
         steps = scale_NG.repeat_interleave(self.config.group_size, 1).float()
-        rounding = trained.abs() * torch.finfo(self.weight.dtype).eps  # torchao's weight is in the model's type
+        # torchao's weight is in the model's type
+        rounding = trained.abs() * torch.finfo(self.weight.dtype).eps
         if not (off <= steps * GRID_RTOL + rounding).all():
             raise TrainingError(
-                f"torchao_qat: the merged weight differs from the trained one by up to {float(off.max()):.2g}; this "
-                "version of torchao quantizes otherwise, so use the one that the project names, or another method"
+                "torchao_qat: the merged weight differs from the trained one by up to "
+                f"{float(off.max()):.2g}; this version of torchao quantizes otherwise, so use the one "
+                "that the project names, or another method"
             )
 
 

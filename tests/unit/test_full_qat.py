@@ -1,4 +1,5 @@
-"""Full quantization-aware training: LSQ's formulas in float64, the merged integers, and its learned scales."""
+"""Full quantization-aware training: LSQ's formulas in float64, the merged integers, and its learned
+scales."""
 
 from __future__ import annotations
 

@@ -306,7 +306,8 @@ def test_requantizing_is_allowed_any_error_of_logits_and_its_tolerance_of_perple
 
 
 def test_a_symmetric_base_is_rounded_to_symmetric_integers_again():
-    """The adapter's weight goes into the integers: QLoRA's base and LR-QAT's, per channel, with one key apart."""
+    """The adapter's weight goes into the integers: QLoRA's base and LR-QAT's, per channel, with one key
+    apart."""
     layer = adapted(
         nn.Linear(64, 24), base="int4", symmetric=True, group_size=0, quantizer="lp", merge="requantize"
     )

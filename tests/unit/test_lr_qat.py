@@ -27,7 +27,8 @@ from qrecipes.transforms.lr_qat import LRQATConfig, LRQATLinear
 
 
 def corrected(linear: nn.Module, size: float = 0.5, **config) -> LRQATLinear:
-    """A layer whose correction moves about half of the levels, with a grid other than the one it began with."""
+    """A layer whose correction moves about half of the levels, with a grid other than the one it began
+    with."""
     layer = LRQATLinear.from_linear(linear, LRQATConfig(**({"rank": 4, "alpha": 4.0} | config)))
     with torch.no_grad():
         if layer.low_rank_a is not None:
@@ -46,7 +47,8 @@ def by_groups(values: torch.Tensor, groups: int) -> torch.Tensor:
 
 
 class Rounded(torch.autograd.Function):
-    """clip(rnd(x)), straight through the rounding, and through the clipping where the rounded value is within.
+    """clip(rnd(x)), straight through the rounding, and through the clipping where the rounded value is
+    within.
 
     x + (rnd(x) - x).detach() may miss the integer, and torch.clamp has a gradient of 1 at its bounds in some
     versions, of 0 in others.
@@ -166,7 +168,8 @@ def test_the_merged_layer_has_the_integers_grid_and_weight_of_the_forward_pass(
 
 
 def test_training_starts_at_the_rounded_weight():
-    """A is zero: the integers are those of the same grid found after training, bit for bit where phi is exact."""
+    """A is zero: the integers are those of the same grid found after training, bit for bit where phi is
+    exact."""
     linear = nn.Linear(96, 24)
     for storage in ("fp32", "int4"):
         layer = LRQATLinear.from_linear(linear, LRQATConfig(storage=storage, rank=8))
@@ -226,7 +229,9 @@ def test_what_is_zero_gets_a_scale_that_can_leave_it():
     assert torch.equal(layer.scale, torch.full((8, 1), 1 / (7 * 8)))
 
 
-@pytest.mark.parametrize("format", [AffineFormat(bits=4), AffineFormat(bits=3, group_size=16, symmetric=False)])
+@pytest.mark.parametrize(
+    "format", [AffineFormat(bits=4), AffineFormat(bits=3, group_size=16, symmetric=False)]
+)
 @pytest.mark.parametrize("storage", ["int4", "fixed_point8", "fp16"])
 def test_a_quantized_layer_is_a_base_with_its_integers_and_grid(format, storage):
     layer = QuantLinear.from_linear(nn.Linear(64, 24), format).bfloat16()
@@ -431,7 +436,14 @@ def collapsed(value: float, domain: str = "linear") -> nn.Sequential:
 
 @pytest.mark.parametrize(
     ("value", "domain"),
-    [(0.0, "linear"), (-1.0, "linear"), (math.nan, "linear"), (math.inf, "linear"), (-40.0, "log"), (math.nan, "log")],
+    [
+        (0.0, "linear"),
+        (-1.0, "linear"),
+        (math.nan, "linear"),
+        (math.inf, "linear"),
+        (-40.0, "log"),
+        (math.nan, "log"),
+    ],
 )
 def test_collapsed_scales_stop_training_and_merging_by_name(value, domain):
     from qrecipes.transforms.base import StepContext
@@ -492,7 +504,10 @@ def test_wrong_settings_are_refused(values, message):
 
 FLOAT = AffineFormat(bits=4, group_size=16, symmetric=False, zero_point="float")
 REFUSED = {
-    "lr_qat: 0: group_size 24 does not divide 64 input features; use group_size 16": ({"group_size": 24}, None),
+    "lr_qat: 0: group_size 24 does not divide 64 input features; use group_size 16": (
+        {"group_size": 24},
+        None,
+    ),
     r"lr_qat.rank: 25 is more than 0 of 24 x 64 can have; use at most 24": ({"rank": 25}, None),
     r"0: is quantized already, as AffineFormat\(bits=3": ({}, AffineFormat(bits=3)),
     r"0: is quantized already, as .*group_size=16": ({}, AffineFormat(bits=4, group_size=16)),

@@ -69,7 +69,7 @@ def test_a_rule_of_torchao_that_is_another_one_is_noticed(monkeypatch):
 
 
 def test_wrong_requests_are_refused():
-    with pytest.raises(ConfigError, match="torchao_qat.group_size: .*20 is no multiple of 8"):
+    with pytest.raises(ConfigError, match=r"torchao_qat.group_size: .*20 is no multiple of 8"):
         TorchaoQATConfig(group_size=20)
     with pytest.raises(ConfigError, match="torchao_qat: 0: group_size 128 does not divide 64"):
         Chain.from_configs([TorchaoQATConfig()]).swap(nn.Sequential(nn.Linear(64, 24)))
