@@ -8,10 +8,11 @@ their order: there are no atomics, and results repeat bit for bit. Products and 
 themselves (`enable_fp_fusion=False`); tensor cores add up A B in float32.
 """
 
-# mypy: disable-error-code="assignment,has-type,var-annotated"
+# mypy: disable-error-code="assignment,has-type,union-attr,var-annotated"
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -19,19 +20,33 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton import knobs
 
 from qrecipes.quant.low_rank_storage import LowRankRounding
 
 BLOCK_N, MOST_BLOCK_K, NUM_WARPS = 64, 128, 8
 LEAST_BLOCK, MOST_BLOCK_R = 16, 64
 """Tensor cores take 16 at least. A higher rank than the second is cut into blocks."""
+SCRATCH_BYTES = 2**14
+"""Shared memory of the gradients' kernel that does not grow with the number of stages, about."""
 GRADIENT_PROGRAMS = 512
 """Programs that the gradients are divided among, about; the same on every device, since it orders sums."""
 # 2**23 as a float32 has every integer below 2**23 in its last bits: an addition of integers and a subtraction
 # convert exactly, at the rate of additions, where the conversion instruction has a fraction of it
 MAGIC_BITS = tl.constexpr(0x4B000000)
 MAGIC = tl.constexpr(8388608.0)
+INTERPRETED = tl.constexpr(knobs.runtime.interpret)
 ROUND = tl.constexpr(12_582_912.0)  # 1.5 * 2**23: adding it leaves no bit for a fraction, half goes to even
+
+
+class Operands(NamedTuple):
+    """The contiguous tensors of a weight; integers need no scales."""
+
+    phi: Tensor
+    a: Tensor | None
+    b: Tensor | None
+    scale: Tensor | None
+    zero: Tensor | None
 
 
 class Parts(NamedTuple):
@@ -63,51 +78,39 @@ def tiles_of(rounding: LowRankRounding) -> _Tiles:
     return _Tiles(block_k, per_group, per_group * rounding.num_groups)
 
 
+def operands(
+    phi: Tensor, a_NR: Tensor | None, b_RK: Tensor | None, scale_NG: Tensor | None, zero_NG: Tensor | None
+) -> Operands:
+    """A weight as the kernels take it; nothing that is contiguous is copied."""
+    others = (None if t is None else t.contiguous() for t in (a_NR, b_RK, scale_NG, zero_NG))
+    return Operands(phi.contiguous(), *others)
+
+
 def launch_weight(
-    phi: Tensor,
-    a_NR: Tensor | None,
-    b_RK: Tensor | None,
-    scale_NG: Tensor | None,
-    zero_NG: Tensor | None,
-    out: Tensor,
-    rounding: LowRankRounding,
-    *,
-    transposed: bool = False,
+    weight: Operands, out: Tensor, rounding: LowRankRounding, *, transposed: bool = False
 ) -> None:
-    """Fill `out` with weights, or with integers where there are no scales. Every tensor is contiguous."""
-    tiles, N = tiles_of(rounding), phi.shape[0]
+    """Fill the contiguous `out` with weights, or with integers where there are no scales."""
+    tiles, N = tiles_of(rounding), weight.phi.shape[0]
     _weight_kernel[(triton.cdiv(N, BLOCK_N) * tiles.per_row,)](
-        phi,
-        a_NR,
-        b_RK,
-        scale_NG,
-        zero_NG,
+        *weight,
         out,
         N,
         rounding.in_features,
-        _rank(a_NR),
-        phi.shape[1],
+        _rank(weight.a),
+        weight.phi.shape[1],
         rounding.scaling,
         TRANSPOSED=transposed,
-        **_constants(rounding, a_NR, tiles),
+        **_constants(rounding, weight.a, tiles),
         num_warps=NUM_WARPS,
         enable_fp_fusion=False,
     )
 
 
-def launch_grads(
-    grad_NK: Tensor,
-    phi: Tensor,
-    a_NR: Tensor | None,
-    b_RK: Tensor | None,
-    scale_NG: Tensor,
-    zero_NG: Tensor | None,
-    rounding: LowRankRounding,
-) -> Parts:
-    """The parts of all gradients. Every tensor is contiguous."""
+def launch_grads(grad_NK: Tensor, weight: Operands, rounding: LowRankRounding, shared_bytes: int) -> Parts:
+    """The parts of all gradients, from a contiguous dL/dW_hat; `shared_bytes` are what a block can have."""
     tiles, (N, K) = tiles_of(rounding), grad_NK.shape
-    R = _rank(a_NR)
-    constants = _constants(rounding, a_NR, tiles)
+    R = _rank(weight.a)
+    constants = _constants(rounding, weight.a, tiles)
     blocks = triton.cdiv(N, BLOCK_N)
     splits = min(blocks, triton.cdiv(GRADIENT_PROGRAMS, tiles.per_row))
     per_split = triton.cdiv(blocks, splits)
@@ -117,29 +120,34 @@ def launch_grads(
         empty(tiles.per_row, N, R) if R else None,
         empty(splits, K, R) if R else None,
         empty(N, tiles.per_row),
-        None if zero_NG is None else empty(N, tiles.per_row),
+        None if weight.zero is None else empty(N, tiles.per_row),
     )
     rank_blocks = max(constants["RANK_BLOCKS"], 1)
     _grads_kernel[(tiles.per_row, splits, rank_blocks)](
         grad_NK,
-        phi,
-        a_NR,
-        b_RK,
-        scale_NG,
-        zero_NG,
+        *weight,
         *parts,
         N,
         K,
         R,
-        phi.shape[1],
+        weight.phi.shape[1],
         rounding.scaling,
         per_split,
         **constants,
         num_warps=NUM_WARPS,
-        num_stages=2,
+        num_stages=2 if two_stages_bytes(grad_NK, weight, constants) <= shared_bytes else 1,
         enable_fp_fusion=False,
     )
     return parts
+
+
+def two_stages_bytes(grad_NK: Tensor, weight: Operands, constants: Mapping[str, Any]) -> int:
+    """Shared memory, at most, with which the gradients' kernel loads the next block while it works on one."""
+    block_k, block_r = constants["BLOCK_K"], constants["BLOCK_R"] * constants["RANK_BLOCKS"]
+    loaded = BLOCK_N * block_k * (grad_NK.element_size() + weight.phi.element_size())
+    if weight.a is not None:
+        loaded += (BLOCK_N + block_k) * block_r * weight.a.element_size()
+    return 2 * loaded + SCRATCH_BYTES
 
 
 def _rank(a_NR: Tensor | None) -> int:
@@ -237,8 +245,45 @@ def _clip(rounded, BITS: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _add_dot(total, x, y):  # type: ignore[no-untyped-def]
+    """A product of two matrices of one type, added to `total`; never in TF32."""
+    if INTERPRETED:  # it takes bfloat16 for integers
+        return tl.dot(x.to(tl.float32), y.to(tl.float32), total, input_precision="ieee")
+    else:  # noqa: RET505 - as above
+        return tl.dot(x, y, total, input_precision="ieee")
+
+
+@triton.jit
+def _split(x):  # type: ignore[no-untyped-def]
+    """float32 as a sum of three bfloat16, exact but for the smallest numbers."""
+    high = x.to(tl.bfloat16)
+    rest = x - high.to(tl.float32)
+    middle = rest.to(tl.bfloat16)
+    return high, middle, (rest - middle.to(tl.float32)).to(tl.bfloat16)
+
+
+@triton.jit
+def _add_product(total, a, b):  # type: ignore[no-untyped-def]
+    """A B, added to `total`. float32 is multiplied in parts, on tensor cores: what is left out of a product
+    is 2**-24 of it, as much as float32 rounds."""
+    if a.dtype == tl.float32:
+        a0, a1, a2 = _split(a)
+        b0, b1, b2 = _split(b)
+        total = _add_dot(total, a1, b1)
+        total = _add_dot(total, a0, b2)
+        total = _add_dot(total, a2, b0)
+        total = _add_dot(total, a0, b1)
+        total = _add_dot(total, a1, b0)
+        return _add_dot(total, a0, b0)
+    else:  # noqa: RET505 - as above
+        return _add_dot(total, a, b)
+
+
+@triton.jit
 def _rounded_tile(  # type: ignore[no-untyped-def]
     phi_ptr,
+    a,
+    b,
     a_ptr,
     b_ptr,
     rows,
@@ -256,15 +301,18 @@ def _rounded_tile(  # type: ignore[no-untyped-def]
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """rnd(Z) of a tile, not clipped."""
+    """rnd(Z) of a tile, not clipped; `a` and `b` are used where the rank has one block."""
     z = _levels(phi_ptr, rows, first, end, N, phi_stride, STORAGE, BITS, BLOCK_K)
     if RANK_BLOCKS > 0:
-        cols = first + tl.arange(0, BLOCK_K)
         product = tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.float32)
-        for block in tl.static_range(RANK_BLOCKS):
-            a = _load_a(a_ptr, rows, block, N, R, BLOCK_R)
-            b = _load_b(b_ptr, cols, end, block, K, R, BLOCK_R)
-            product = tl.dot(a, b, product, input_precision="ieee")
+        if RANK_BLOCKS == 1:
+            product = _add_product(product, a, b)
+        else:
+            cols = first + tl.arange(0, BLOCK_K)
+            for block in tl.static_range(RANK_BLOCKS):
+                a_block = _load_a(a_ptr, rows, block, N, R, BLOCK_R)
+                b_block = _load_b(b_ptr, cols, end, block, K, R, BLOCK_R)
+                product = _add_product(product, a_block, b_block)
         z += product * scaling
     return _round(z, BITS)
 
@@ -302,8 +350,13 @@ def _weight_kernel(  # type: ignore[no-untyped-def]
     tile = tl.program_id(0) % TILES_OF_ROW
     rows = tl.program_id(0) // TILES_OF_ROW * BLOCK_N + tl.arange(0, BLOCK_N)
     first, end, group = _columns(tile, K, GROUP, TILES_OF_GROUP, BLOCK_K)
+    cols = first + tl.arange(0, BLOCK_K)
+    a = _load_a(a_ptr, rows, 0, N, R, BLOCK_R) if RANK_BLOCKS == 1 else None
+    b = _load_b(b_ptr, cols, end, 0, K, R, BLOCK_R) if RANK_BLOCKS == 1 else None
     rounded = _rounded_tile(
         phi_ptr,
+        a,
+        b,
         a_ptr,
         b_ptr,
         rows,
@@ -322,7 +375,6 @@ def _weight_kernel(  # type: ignore[no-untyped-def]
         BLOCK_K,
     )
     q = _clip(rounded, BITS)
-    cols = first + tl.arange(0, BLOCK_K)
     if scale_ptr is None:
         q = tl.where(q == q, q, 0.0).to(tl.int8)
     else:
@@ -341,19 +393,20 @@ def _weight_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _dot(exact, x):  # type: ignore[no-untyped-def]
-    """A product of what is exact in its type with float32 `x`, or with one of the same type.
+def _add_mixed_dot(total, grad, x):  # type: ignore[no-untyped-def]
+    """A product of gradients with `x`, of their type or float32, added to `total`.
 
-    bfloat16 is multiplied by the leading 16 bits of `x`, in two parts: within 2**-16 of `x`, on tensor cores.
+    bfloat16 is multiplied by the leading 16 bits of float32 `x`, in two parts, on tensor cores: within 2**-16
+    of `x`. Other mixtures are multiplied in float32.
     """
-    if exact.dtype == x.dtype:
-        return tl.dot(exact, x, input_precision="ieee")
-    elif exact.dtype == tl.bfloat16:  # noqa: RET505 - as above
+    if grad.dtype == x.dtype:
+        return _add_dot(total, grad, x)
+    elif grad.dtype == tl.bfloat16:  # noqa: RET505 - as above
         high = x.to(tl.bfloat16)
         low = (x.to(tl.float32) - high.to(tl.float32)).to(tl.bfloat16)
-        return tl.dot(exact, low, tl.dot(exact, high))
+        return _add_dot(_add_dot(total, grad, low), grad, high)
     else:
-        return tl.dot(exact.to(tl.float32), x.to(tl.float32), input_precision="ieee")
+        return _add_dot(total, grad.to(tl.float32), x.to(tl.float32))
 
 
 @triton.jit
@@ -395,6 +448,7 @@ def _grads_kernel(  # type: ignore[no-untyped-def]
     first, end, group = _columns(tile, K, GROUP, TILES_OF_GROUP, BLOCK_K)
     cols = first + tl.arange(0, BLOCK_K)
     ranks = rank_block * BLOCK_R + tl.arange(0, BLOCK_R)
+    b = _load_b(b_ptr, cols, end, rank_block, K, R, BLOCK_R) if RANK_BLOCKS > 0 else None
     sum_b = tl.zeros((BLOCK_K, BLOCK_R), dtype=tl.float32)
     last = tl.minimum((split + 1) * blocks_of_split, tl.cdiv(N, BLOCK_N))
     for block in range(split * blocks_of_split, last):
@@ -402,8 +456,11 @@ def _grads_kernel(  # type: ignore[no-untyped-def]
         inside = (rows < N)[:, None] & (cols < end)[None, :]
         grad_ptrs = grad_ptr + rows.to(tl.int64)[:, None] * K + cols[None, :]
         grad = tl.load(grad_ptrs, mask=inside, other=0.0)
+        a = _load_a(a_ptr, rows, rank_block, N, R, BLOCK_R) if RANK_BLOCKS > 0 else None
         rounded = _rounded_tile(
             phi_ptr,
+            a,
+            b,
             a_ptr,
             b_ptr,
             rows,
@@ -433,12 +490,11 @@ def _grads_kernel(  # type: ignore[no-untyped-def]
         if RANK_BLOCKS > 0:
             passed = (rounded >= -(2.0 ** (BITS - 1))) & (rounded <= 2.0 ** (BITS - 1) - 1)
             grad = tl.where(passed, grad, tl.zeros_like(grad))
-            a = _load_a(a_ptr, rows, rank_block, N, R, BLOCK_R).to(tl.float32)
-            b = _load_b(b_ptr, cols, end, rank_block, K, R, BLOCK_R)
-            grad_a = _dot(grad, tl.trans(b)) * (scale * scaling)[:, None]
+            nothing = tl.zeros((BLOCK_N, BLOCK_R), dtype=tl.float32)
+            grad_a = _add_mixed_dot(nothing, grad, tl.trans(b)) * (scale * scaling)[:, None]
             a_ptrs = parts_a_ptr + (tile.to(tl.int64) * N + rows[:, None]) * R + ranks[None, :]
             tl.store(a_ptrs, grad_a, mask=(rows < N)[:, None] & (ranks < R)[None, :])
-            sum_b += _dot(tl.trans(grad), a * (scale * scaling)[:, None])
+            sum_b = _add_mixed_dot(sum_b, tl.trans(grad), a.to(tl.float32) * (scale * scaling)[:, None])
     if RANK_BLOCKS > 0:
         b_ptrs = parts_b_ptr + (split.to(tl.int64) * K + cols[:, None]) * R + ranks[None, :]
         tl.store(b_ptrs, sum_b, mask=(cols < end)[:, None] & (ranks < R)[None, :])

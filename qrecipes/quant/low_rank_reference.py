@@ -171,9 +171,9 @@ def _rounded(phi: Tensor, a_NR: Tensor | None, b_RK: Tensor | None, rounding: Lo
 
 
 def _row_slices(N: int, row_size: int, size: int, multiple: int = 1) -> Iterator[slice]:
-    """All rows, in slices of `size` at most, but of `multiple` rows at least."""
+    """All rows, in slices of `size` at most, but of `multiple` rows at least; one slice of no rows."""
     rows = max(size // row_size // multiple, 1) * multiple
-    return (slice(first, min(first + rows, N)) for first in range(0, N, rows))
+    return (slice(first, min(first + rows, N)) for first in range(0, max(N, 1), rows))
 
 
 def _rows_of(a_NR: Tensor | None, rows: slice) -> Tensor | None:

@@ -36,7 +36,7 @@ from torch.nn.functional import linear
 from qrecipes.quant.affine import _arithmetic
 from qrecipes.quant.dequantize import _device_limits
 from qrecipes.quant.dequantize_tiles import LEAST_CAPABILITY
-from qrecipes.quant.int8_matmul import HAS_TRITON, _current_device
+from qrecipes.quant.int8_matmul import HAS_TRITON, _current_device, _limits
 from qrecipes.quant.low_rank_reference import (
     LowRankGrads,
     linear_grads,
@@ -182,7 +182,7 @@ def low_rank_weight_triton(
     w_NK = phi.new_empty((phi.shape[0], rounding.in_features), dtype=dtype)
     if w_NK.numel() > 0:
         with _current_device(phi):
-            kernels.launch_weight(*_contiguous(phi, a_NR, b_RK, scale_NG, zero_NG), w_NK, rounding)
+            kernels.launch_weight(kernels.operands(phi, a_NR, b_RK, scale_NG, zero_NG), w_NK, rounding)
     return w_NK
 
 
@@ -199,8 +199,8 @@ def low_rank_integers_triton(
     q = phi.new_empty((K, N) if transposed else (N, K), dtype=torch.int8)
     if q.numel() > 0:
         with _current_device(phi):
-            parts = _contiguous(phi, a_NR, b_RK, None, None)
-            kernels.launch_weight(*parts, q, rounding, transposed=transposed)
+            weight = kernels.operands(phi, a_NR, b_RK, None, None)
+            kernels.launch_weight(weight, q, rounding, transposed=transposed)
     return q
 
 
@@ -217,8 +217,9 @@ def low_rank_weight_grads_triton(
     if grad_NK.numel() == 0:
         return low_rank_weight_grads_reference(grad_NK, phi, a_NR, b_RK, scale_NG, zero_NG, rounding)
     with _current_device(phi):
-        of_weight = _contiguous(phi, a_NR, b_RK, scale_NG, zero_NG)
-        parts = kernels.launch_grads(grad_NK.contiguous(), *of_weight, rounding)
+        weight = kernels.operands(phi, a_NR, b_RK, scale_NG, zero_NG)
+        shared_bytes = _limits(phi.device).shared_bytes
+        parts = kernels.launch_grads(grad_NK.contiguous(), weight, rounding, shared_bytes)
     N, G = scale_NG.shape
     d_zero = None
     if zero_NG is not None and parts.sum is not None:
@@ -230,10 +231,6 @@ def low_rank_weight_grads_triton(
         parts.scale.view(N, G, -1).sum(-1),
         d_zero,
     )
-
-
-def _contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    return tuple(None if t is None else t.contiguous() for t in tensors)
 
 
 def _has_kernel(*tensors: Tensor | None, dtype: torch.dtype = torch.float32) -> bool:

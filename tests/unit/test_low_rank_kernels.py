@@ -1,0 +1,319 @@
+"""Triton kernels of low-rank rounding: against the reference in Triton's interpreter, compiled for devices.
+
+The interpreter runs in a process of its own, so that no other test meets it. It truncates to bfloat16 where a
+device rounds.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from unittest import mock
+
+import pytest
+import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from interpreter import outcomes_of, run_checks
+from low_rank_cases import Case, cases, make_case, z_in_float64
+
+from qrecipes.quant import low_rank_rounding as operators
+from qrecipes.quant.dequantize_tiles import DeviceLimits
+from qrecipes.quant.low_rank_reference import (
+    low_rank_integers_reference,
+    low_rank_weight_grads_reference,
+    low_rank_weight_reference,
+)
+from qrecipes.quant.low_rank_rounding import (
+    low_rank_integers_triton,
+    low_rank_weight_grads_triton,
+    low_rank_weight_triton,
+)
+from qrecipes.quant.low_rank_storage import LowRankRounding
+
+A100, H100, RTX4090 = 166_912, 232_448, 101_376
+"""Shared memory that a block can have."""
+POINTERS = {
+    torch.int8: "*i8",
+    torch.uint8: "*u8",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+}
+COMPILED = [
+    (make_case(LowRankRounding(bits=4, in_features=4096), 64, 32, dtype=torch.bfloat16), torch.bfloat16, 90),
+    (make_case(LowRankRounding(bits=4, in_features=4096, storage="int4"), 64, 32), torch.bfloat16, 90),
+    (
+        make_case(
+            LowRankRounding(bits=2, in_features=4096, storage="bf16", group_size=128),
+            64,
+            128,
+            symmetric=False,
+            dtype=torch.bfloat16,
+        ),
+        torch.bfloat16,
+        90,
+    ),
+    (
+        make_case(
+            LowRankRounding(bits=3, in_features=96, storage="int4", group_size=24), 64, 8, symmetric=False
+        ),
+        torch.float32,
+        80,
+    ),
+    (make_case(LowRankRounding(bits=4, in_features=4096), 64, 64, dtype=torch.bfloat16), torch.bfloat16, 80),
+    (
+        make_case(LowRankRounding(bits=8, in_features=4096, storage="fp32"), 64, 0, symmetric=False),
+        torch.float16,
+        80,
+    ),
+]
+compiled_cases = pytest.mark.parametrize(
+    ("case", "dtype", "capability"),
+    COMPILED,
+    ids=[f"{c.rounding.storage}-{0 if c.a is None else c.a.shape[1]}-sm_{sm}" for c, _, sm in COMPILED],
+)
+needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="needs the triton package")
+
+
+def compiled(kernel, case: Case, capability: int, pointers: dict, constants: dict, num_stages: int):
+    """A kernel as its launch specializes it for aligned tensors."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from qrecipes.quant import low_rank_kernels as kernels
+
+    constants = constants | kernels._constants(case.rounding, case.a, kernels.tiles_of(case.rounding))
+    pointers = pointers | dict(zip(("phi", "a", "b", "scale", "zero"), case[:5], strict=True)) | pointers
+    types = {f"{name}_ptr": None if t is None else POINTERS[t.dtype] for name, t in pointers.items()}
+    constants |= {name: None for name, kind in types.items() if kind is None}
+    types |= dict.fromkeys(("N", "K", "R", "phi_stride", "blocks_of_split"), "i32") | {"scaling": "fp32"}
+    names = [parameter.name for parameter in kernel.params]
+    signature = {name: "constexpr" if name in constants else types[name] for name in names}
+    aligned = [n for n in names if n not in constants and n not in ("scaling", "blocks_of_split")]
+    source = ASTSource(
+        kernel,
+        signature,
+        {(names.index(name),): value for name, value in constants.items() if name in names},
+        {(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
+    )
+    options = {"num_warps": kernels.NUM_WARPS, "num_stages": num_stages, "enable_fp_fusion": False}
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def multiplies_as_it_should(ptx: str, case: Case, capability: int) -> bool:
+    """On tensor cores, in bfloat16; TF32 would round A and B to 11 bits."""
+    if case.a is None:
+        return "mma" not in ptx
+    return ("wgmma.mma_async" if capability == 90 else "mma.sync") in ptx and "tf32" not in ptx
+
+
+@needs_triton
+@compiled_cases
+def test_weights_compile_without_contracted_sums(case, dtype, capability):
+    """An FMA would round Z once where another kernel rounds twice."""
+    from qrecipes.quant import low_rank_kernels as kernels
+
+    out = torch.empty(0, dtype=dtype)
+    kernel = compiled(kernels._weight_kernel, case, capability, {"out": out}, {"TRANSPOSED": False}, 3)
+    ptx = kernel.asm["ptx"]
+    assert multiplies_as_it_should(ptx, case, capability)
+    assert kernel.metadata.shared <= RTX4090
+    assert "fma.rn" not in ptx
+
+
+@needs_triton
+@compiled_cases
+def test_gradients_fit_the_shared_memory_that_the_rule_says(case, dtype, capability):
+    """What the rule says in two stages, what the smallest device has in one; no atomics."""
+    from qrecipes.quant import low_rank_kernels as kernels
+
+    grad, part = torch.empty(0, dtype=dtype), torch.empty(0)
+    ranked, shifted = None if case.a is None else part, None if case.zero is None else part
+    pointers = {"grad": grad, "parts_a": ranked, "parts_b": ranked, "parts_scale": part, "parts_sum": shifted}
+    constants = kernels._constants(case.rounding, case.a, kernels.tiles_of(case.rounding))
+    needed = kernels.two_stages_bytes(grad, kernels.Operands(*case[:5]), constants)
+    limit = H100 if capability == 90 else A100
+    stages, bound = (2, needed) if needed <= limit else (1, RTX4090)
+    kernel = compiled(kernels._grads_kernel, case, capability, pointers, {}, stages)
+    assert kernel.metadata.shared <= bound
+    assert multiplies_as_it_should(kernel.asm["ptx"], case, capability)
+    assert not {"atom.", "red."} & {word[:4] for word in kernel.asm["ptx"].split()}
+
+
+# What follows the next line runs in the process that `interpreted` starts, not here.
+def rounded(w: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """float32 in `dtype` as the interpreter rounds it."""
+    if dtype is not torch.bfloat16:
+        return w.to(dtype)
+    return (w.view(torch.int32) & -65536).view(torch.float32).bfloat16()
+
+
+@settings(max_examples=25, deadline=None, database=None, phases=[Phase.generate])
+@given(cases(), st.sampled_from([torch.float32, torch.float16, torch.bfloat16]))
+def check_weights_and_integers_have_the_references_bits(case, dtype):
+    """Halves included, since Z is exact here."""
+    wanted = low_rank_weight_reference(*case, torch.float32)
+    found = low_rank_weight_triton(*case, dtype)
+    assert found.dtype is dtype
+    assert torch.equal(found, rounded(wanted, dtype))
+    parts = (*case[:3], case.rounding)
+    q = low_rank_integers_triton(*parts)
+    assert torch.equal(q, low_rank_integers_reference(*parts))
+    assert torch.equal(low_rank_integers_triton(*parts, transposed=True), q.t())
+
+
+@settings(max_examples=10, deadline=None, database=None, phases=[Phase.generate])
+@given(cases(exact=False))
+def check_integers_differ_from_the_reference_only_next_to_a_half(case):
+    parts = (*case[:3], case.rounding)
+    differs = low_rank_integers_triton(*parts) != low_rank_integers_reference(*parts)
+    z = z_in_float64(case)
+    assert ((z - z.floor() - 0.5).abs()[differs] < 1e-4).all()  # float32 sums of up to 70 products of about 1
+    assert differs.double().mean() < 0.01
+
+
+def assert_close_grads(grad: torch.Tensor, case: Case, step: float) -> None:
+    """Relative to the magnitudes that are summed: float32 sums of some hundred, and `step` a product."""
+    found = low_rank_weight_grads_triton(grad, *case)
+    wanted = low_rank_weight_grads_reference(grad, *case)
+    absolute = [None if t is None else t.abs() for t in case[:5]]
+    size = grad.double().abs()
+    s = case.scale.double().repeat_interleave(case.rounding.in_features // case.rounding.num_groups, 1)
+    grouped = size.unflatten(1, (case.rounding.num_groups, -1)).sum(-1)
+    sizes = [
+        None if case.a is None else (size * s) @ absolute[2].double().t(),
+        None if case.a is None else absolute[1].double().t() @ (size * s),
+        grouped * 2.0**case.rounding.bits,
+        None if case.zero is None else grouped * case.scale,
+    ]
+    for name, a, b, bound in zip(found._fields, found, wanted, sizes, strict=True):
+        assert (a is None) == (b is None), name
+        if a is not None:
+            assert a.dtype is torch.float32
+            assert ((a - b).abs().double() <= (4e-6 + step) * bound + 1e-12).all(), name
+
+
+@settings(max_examples=25, deadline=None, database=None, phases=[Phase.generate])
+@given(cases(), st.sampled_from([torch.float32, torch.float16, torch.bfloat16]))
+def check_gradients_are_the_references(case, dtype):
+    """Of bfloat16, float32 factors in two parts, each truncated here: 2**-14."""
+    grad = torch.randn(case.phi.shape[0], case.rounding.in_features).to(dtype)
+    assert_close_grads(grad, case, step=2.0**-14 if dtype is torch.bfloat16 else 0.0)
+
+
+def check_many_blocks_of_rows_and_columns():
+    """Splits of the rows with several blocks, a last block that is not full, and several tiles of columns."""
+    for group_size, rank in ((None, 5), (136, 70)):
+        weight = LowRankRounding(bits=4, in_features=272, group_size=group_size, scaling=0.5)
+        case = make_case(weight, 330, rank, symmetric=False)
+        grad = torch.randn(330, 272)
+        for programs in (1, 8, 512):
+            with mock.patch.object(operators.kernels, "GRADIENT_PROGRAMS", programs):
+                assert_close_grads(grad, case, step=0.0)
+        wanted = low_rank_weight_reference(*case, torch.float32)
+        assert torch.equal(low_rank_weight_triton(*case, torch.float32), wanted)
+
+
+def check_scale_gradients_are_exact_sums_of_the_integers_of_the_forward_pass():
+    """Whole numbers, exact in float32: any other Q than that of `low_rank_integers` would show."""
+    case = make_case(LowRankRounding(bits=4, in_features=200), 70, 16, exact=False)
+    grad = torch.randint(-2, 3, (70, 200)).float()
+    q = low_rank_integers_triton(*case[:3], case.rounding)
+    found = low_rank_weight_grads_triton(grad, *case).scale
+    assert torch.equal(found[:, 0], (grad * q).sum(1))
+
+
+def check_memory_outside_does_not_matter():
+    """Tensors inside larger ones of NaN, as views, and gradients that are transposed."""
+    case = make_case(LowRankRounding(bits=4, in_features=37, storage="fp32"), 5, 3, symmetric=False)
+
+    def inside(t: torch.Tensor) -> torch.Tensor:
+        larger = torch.full((t.shape[0] + 2, t.shape[1] + 3), torch.nan)
+        larger[1:-1, 1:-2] = t
+        return larger[1:-1, 1:-2]
+
+    strided = Case(*(inside(t) for t in case[:5]), case.rounding)
+    assert torch.equal(
+        low_rank_weight_triton(*strided, torch.float32), low_rank_weight_triton(*case, torch.float32)
+    )
+    grad = torch.randn(37, 5).t()
+    for a, b in zip(
+        low_rank_weight_grads_triton(grad, *strided),
+        low_rank_weight_grads_triton(grad.contiguous(), *case),
+        strict=True,
+    ):
+        assert torch.equal(a, b)
+
+
+def check_what_is_not_finite_shows_in_its_row():
+    case = make_case(LowRankRounding(bits=4, in_features=40), 5, 3)
+    case.a[2, 0], case.scale[4] = torch.nan, torch.inf
+    w = low_rank_weight_triton(*case, torch.float32)
+    wanted = low_rank_weight_reference(*case, torch.float32)
+    torch.testing.assert_close(w, wanted, rtol=0, atol=0, equal_nan=True)
+    assert (low_rank_integers_triton(*case[:3], case.rounding)[2] == 0).all()
+    grads = low_rank_weight_grads_triton(torch.ones(5, 40), *case)
+    assert grads.scale[2].isnan().all()
+    assert grads.scale[:2].isfinite().all()
+
+
+def check_no_rows_and_no_programs():
+    case = make_case(LowRankRounding(bits=4, in_features=40), 5, 3, symmetric=False)
+    none = Case(
+        *(t if name == "b" else t[:0] for name, t in zip(Case._fields, case[:5], strict=False)), case.rounding
+    )
+    assert low_rank_weight_triton(*none, torch.float32).shape == (0, 40)
+    grads = low_rank_weight_grads_triton(torch.empty(0, 40), *none)
+    assert grads.b.abs().sum() == 0
+    assert grads.a.shape == (0, 3)
+
+
+def check_operators_choose_by_device_and_type():
+    case = make_case(LowRankRounding(bits=4, in_features=40), 5, 3, symmetric=False)
+    wide = case._replace(scale=case.scale.double())
+    grad = torch.randn(5, 40)
+    for limits, weight, used in (
+        (DeviceLimits((9, 0), 132, H100), case, True),
+        (DeviceLimits((8, 0), 108, A100), case, True),
+        (DeviceLimits((9, 0), 132, H100), wide, False),
+        (DeviceLimits((7, 5), 72, 65_536), case, False),
+    ):
+        launched: list[str] = []
+        add = launched.append
+        patches = [mock.patch.object(operators, "_device_limits", lambda _, limits=limits: limits)]
+        for name in ("launch_weight", "launch_grads"):
+            launch = getattr(operators.kernels, name)
+
+            def recorded(*arguments, add=add, launch=launch, name=name, **options):
+                add(name)
+                return launch(*arguments, **options)
+
+            patches.append(mock.patch.object(operators.kernels, name, recorded))
+        for patch in patches:
+            patch.start()
+        found = operators._weight_on_cuda(*weight, torch.float32)
+        grads = operators._weight_grads_on_cuda(grad, *weight)
+        for patch in patches:
+            patch.stop()
+        assert launched == ["launch_weight", "launch_grads"] * used, (limits, launched)
+        torch.testing.assert_close(found, low_rank_weight_reference(*weight, torch.float32), rtol=0, atol=0)
+        for a, b in zip(grads, low_rank_weight_grads_reference(grad, *weight), strict=True):
+            torch.testing.assert_close(a, b)
+
+
+CHECKS = {name: check for name, check in list(globals().items()) if name.startswith("check_")}
+
+
+@pytest.fixture(scope="module")
+def interpreted() -> dict[str, str | None]:
+    return outcomes_of(__file__, timeout=200)
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_kernels_in_the_interpreter(name, interpreted):
+    assert interpreted[name] is None
+
+
+if __name__ == "__main__":
+    run_checks(CHECKS)
