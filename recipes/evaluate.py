@@ -25,6 +25,7 @@ from qrecipes.evaluation import Perplexity, TaskScores, evaluate_tasks, perplexi
 from qrecipes.evaluation.harness import SEED, require_tasks, shipped_tasks
 from qrecipes.evaluation.table import table
 from qrecipes.export.opened import OpenedModel, open_model
+from qrecipes.models.activation_quantizers import pattern_of
 from qrecipes.parallel.process import pick_device
 
 DATA_VARIABLE = "QRECIPES_EVAL_DATA"
@@ -71,7 +72,13 @@ class Result:
 
 def _measure(name: str, args: argparse.Namespace, text: str | None, tasks: list[str]) -> Result:
     """One model, which is let go of before the next is opened."""
-    opened = open_model(name, device=pick_device(args.device), dtype=args.dtype)
+    opened = open_model(
+        name,
+        device=pick_device(args.device),
+        dtype=args.dtype,
+        as_trained=args.as_trained,
+        activations=None if args.activations is None else pattern_of(args.activations),
+    )
     progress = sys.stderr.isatty()
     measured = None if text is None else _measure_text(opened, args, text, progress)
     scores: dict[str, TaskScores] = {}
@@ -129,6 +136,8 @@ def _document(results: list[Result], args: argparse.Namespace, argv: list[str]) 
         "batch_size": args.batch_size,
         "seed": args.seed,
         "chat_template": args.chat_template,
+        "as_trained": args.as_trained,
+        "activations": args.activations,
     }
     if len(results) == 1:
         return results[0].as_dict() | document
@@ -226,6 +235,16 @@ JSON: with one model its results stand at the top, with several in a list `model
         default=None,
         help="begin every block and prompt with the beginning-of-text token; default: blocks without, "
         "prompts as transformers would",
+    )
+    parser.add_argument(
+        "--as-trained",
+        action="store_true",
+        help="a run's model as its transforms compute, instead of finalized",
+    )
+    parser.add_argument(
+        "--activations",
+        metavar="PATTERN",
+        help="quantize activations: a8, a8kv4, a4, or bits by name as in na=8,k=4,v=4",
     )
     parser.add_argument("--batch-size", type=int, default=8, metavar="B", help="rows at once (%(default)s)")
     parser.add_argument("--json", type=Path, metavar="OUT", help="write all results there")

@@ -18,10 +18,12 @@ from typing import IO
 
 from qrecipes.cli.report import run_main
 from qrecipes.errors import ConfigError, QRecipesError
-from qrecipes.export.opened import open_model
+from qrecipes.export.opened import OpenedModel, open_model
 from qrecipes.generation import Generation, Generator, Sampling
 from qrecipes.generation.chat import ChatFormat, chat
 from qrecipes.generation.prompts import PromptLine, read_prompts
+from qrecipes.generation.quantized_cache import KVBits
+from qrecipes.models.activation_quantizers import pattern_of
 from qrecipes.models.build import DTYPES, cast_
 from qrecipes.parallel.process import pick_device
 
@@ -37,7 +39,13 @@ def main(argv: list[str]) -> int:
         seed=args.seed,
     )
     lines = [] if args.chat else prompts_of(args)
-    opened = open_model(args.model, device=pick_device(args.device), dtype=args.dtype)
+    opened = open_model(
+        args.model,
+        device=pick_device(args.device),
+        dtype=args.dtype,
+        as_trained=args.as_trained,
+        activations=None if args.activations is None else pattern_of(args.activations),
+    )
     if args.dtype != "auto":
         cast_(opened.model, DTYPES[args.dtype], buffers=False)  # what a run or an export is stored in differs
     generator = Generator(
@@ -46,6 +54,7 @@ def main(argv: list[str]) -> int:
         max_length=opened.max_length,
         batch_size=1 if args.chat else min(args.batch_size, len(lines)),
         compile=args.compile,
+        kv_bits=kv_bits(args, opened),
     )
     named = args.chat_template if args.chat_template != "auto" else None
     system = opened.system if args.system is None else args.system
@@ -56,6 +65,15 @@ def main(argv: list[str]) -> int:
         answer(generator, form, lines, sampling, args)
     print(generator.speed, file=sys.stderr)
     return 0
+
+
+def kv_bits(args: argparse.Namespace, opened: OpenedModel) -> KVBits | None:
+    """Bits of the cache: the argument, else what the run's configuration says."""
+    if args.kv_bits is None:
+        return None if opened.run is None else opened.run.generation.kv_bits
+    if args.kv_bits == "none":
+        return None
+    return "model" if args.kv_bits == "model" else int(args.kv_bits)
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -98,6 +116,22 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--stream",
         action=argparse.BooleanOptionalAction,
         help="print one prompt's text as it comes; the default where it goes to stdout",
+    )
+    add(
+        "--as-trained",
+        action="store_true",
+        help="a run's model as its transforms compute, instead of finalized",
+    )
+    add(
+        "--activations",
+        metavar="PATTERN",
+        help="quantize activations: a8, a8kv4, a4, or bits by name as in na=8,k=4,v=4",
+    )
+    add(
+        "--kv-bits",
+        choices=("8", "4", "model", "none"),
+        help="store keys and values in so many bits, or in those that the model quantizes them to (default: "
+        "the run's generation.kv_bits, else none)",
     )
     add("--compile", action="store_true", help="compile the step of one token; pays over many tokens")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")

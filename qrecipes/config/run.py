@@ -426,6 +426,17 @@ class ExportSection:
 
 
 @dataclass(frozen=True, kw_only=True)
+class GenerationSection:
+    """How `qrecipes generate` computes with the run's model, and with its export."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    kv_bits: Annotated[int, Field(ge=2, le=8)] | Literal["model"] | None = None
+    """Bits of the key-value cache: 2 to 8, or `model`, those that the model quantizes its keys and values to;
+    left out, it keeps the type that they have. `--kv-bits` wins."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Run:
     """One training run; a TOML file holds exactly these keys."""
 
@@ -459,5 +470,7 @@ class Run:
     """Measuring."""
     export: ExportSection = field(default_factory=ExportSection)
     """Export after the last step."""
+    generation: GenerationSection = field(default_factory=GenerationSection)
+    """Text from the finished model."""
     transform: tuple[TransformConfig, ...] = ()
     """Low-precision methods, applied in order; each `[[transform]]` table's `name` says which."""

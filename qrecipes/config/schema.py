@@ -104,6 +104,8 @@ def _clean(node: Any) -> Any:
     branches = [branch for branch in node.get("anyOf", []) if branch != {"type": "null"}]
     if len(branches) == 1:
         node = {**branches[0], **{key: value for key, value in node.items() if key != "anyOf"}}
+    elif branches:
+        node = {**node, "anyOf": branches}
     cleaned: dict[str, Any] = {}
     for key, value in node.items():
         if key in ("properties", "$defs"):  # here the keys are names, and may well be "title"

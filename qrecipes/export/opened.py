@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,8 @@ from torch import nn
 from qrecipes.config.run import ModelSection, Run
 from qrecipes.data.tokenizers import Tokenizer, load_own_tokenizer, tokenizer_of
 from qrecipes.errors import ConfigError, WeightsError
-from qrecipes.export.store import MANIFEST, Origin, load_export_and_origin, load_run
+from qrecipes.export.store import MANIFEST, Origin, load_export_and_origin, load_run, load_swapped
+from qrecipes.models.activation_quantizers import quantize_activations
 from qrecipes.models.build import build, resolve_dtype
 from qrecipes.models.gptq_checkpoint import is_gptq, load_gptq
 from qrecipes.models.sources import resolve
@@ -74,7 +75,14 @@ class OpenedModel:
         return self.tokenizer
 
 
-def open_model(name: str, *, device: str | torch.device = "cpu", dtype: str = "auto") -> OpenedModel:
+def open_model(
+    name: str,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: str = "auto",
+    as_trained: bool = False,
+    activations: str | Mapping[str, int] | None = None,
+) -> OpenedModel:
     """The model that `name` means: the folder of a run (its newest checkpoint) or of an export, or
     `hf:FOLDER_OR_REPOSITORY`.
 
@@ -82,12 +90,28 @@ def open_model(name: str, *, device: str | torch.device = "cpu", dtype: str = "a
     an export keep the type they were stored in; `dtype` ("auto", "float32" or "bfloat16") is that of a
     Hugging Face model, where "auto" is bfloat16 on a GPU and float32 on a CPU.
 
+    `as_trained` leaves a run's model as its transforms made it, instead of finalizing it; `activations` is a
+    preset or pattern that the model's activations are then quantized to.
+
     Raises:
-        ConfigError: if `name` is none of these.
+        ConfigError: if `name` is none of these, or no run with `as_trained`, or `activations` cannot be
+            quantized.
         WeightsError: if a Hugging Face folder is incomplete, of a family that is not supported, or has a
         tokenizer of more tokens than the model has embeddings.
         ExportError, CheckpointError: if what is there is damaged.
     """
+    opened = _open(name, device, dtype, as_trained)
+    if activations is not None:
+        quantize_activations(opened.model, activations)
+    return opened
+
+
+def _open(name: str, device: str | torch.device, dtype: str, as_trained: bool) -> OpenedModel:
+    if as_trained and (name.startswith("hf:") or not Path(name, RUN_FILE).is_file() or _is_export(name)):
+        raise ConfigError(
+            f"{name}: is no run, and only a run's checkpoint holds the model as it trained; give the run's "
+            "folder, or leave --as-trained out"
+        )
     if name.startswith("hf:"):
         section = ModelSection(source=name, dtype=dtype)  # type: ignore[arg-type]
         compute = resolve_dtype(section, device)
@@ -100,11 +124,14 @@ def open_model(name: str, *, device: str | torch.device = "cpu", dtype: str = "a
         _check_vocabulary(name, model, tokenizer)
         return OpenedModel(name, model.eval(), tokenizer, None, section)
     folder = Path(name)
-    if (folder / MANIFEST).is_file():
+    if _is_export(name):
         model, origin = load_export_and_origin(folder, device=device)
         return OpenedModel(name, model, origin.tokenizer, origin.run, origin.model)
     if (folder / RUN_FILE).is_file():
-        model, run = load_run(folder, device=device)
+        if as_trained:
+            model, _, run = load_swapped(folder, device=device)
+        else:
+            model, run = load_run(folder, device=device)
         return OpenedModel(name, model, tokenizer_of(run), run, run.model)
     if (folder / "config.json").is_file():
         raise ConfigError(f"{name}: is a Hugging Face folder; write hf:{name}")
@@ -112,6 +139,10 @@ def open_model(name: str, *, device: str | torch.device = "cpu", dtype: str = "a
         f"{name}: is neither a run nor an export; give the folder of one, or hf:FOLDER for a model of "
         "Hugging Face"
     )
+
+
+def _is_export(name: str) -> bool:
+    return Path(name, MANIFEST).is_file()
 
 
 def open_quantized(section: ModelSection, *, device: str | torch.device = "cpu") -> nn.Module:

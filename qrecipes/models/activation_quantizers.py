@@ -85,6 +85,21 @@ def bits_of(pattern: str | Mapping[str, int], *, norm_outputs: bool = True) -> d
     return dict(pattern)
 
 
+def pattern_of(text: str) -> str | dict[str, int]:
+    """The preset or pattern that a command line names, as in `a8kv4` and `na=8,k=4`; `bits_of` and
+    `ActivationScheme` check it.
+
+    Raises:
+        ConfigError: if it has an equals sign, and is no list of names with whole numbers.
+    """
+    if "=" not in text:
+        return text
+    pairs = [part.partition("=") for part in text.split(",")]
+    if not all(bits.strip().isdecimal() for _, _, bits in pairs):
+        raise ConfigError(f"activations: {text!r} is no pattern; write one as na=8,k=4")
+    return {key.strip(): int(bits) for key, _, bits in pairs}
+
+
 class ActivationQuantizer:
     """What is done to the tensor at one point of a model."""
 

@@ -11,6 +11,7 @@ import pytest
 from qrecipes.cli.main import main
 from qrecipes.evaluation import perplexity
 from qrecipes.export.opened import open_model
+from qrecipes.models.activation_quantizers import activation_quantizers, quantize_activations
 
 STORIES = "hf:asset:stories260k"
 TEXT = "Once upon a time there was a little girl named Lily. She had a red ball. " * 30
@@ -121,3 +122,40 @@ def test_wrong_requests_end_with_one_message(text, capsys, arguments, code, mess
     error = capsys.readouterr().err
     assert message in error
     assert "Traceback" not in error
+
+
+def test_activations_are_quantized_while_they_are_measured(text, tmp_path):
+    """What the command finds is what the library computes with the quantizers put in by hand."""
+    out = tmp_path / "out.json"
+    found = {}
+    for pattern in (None, "a8", "na=2,mm=2"):
+        more = () if pattern is None else ("--activations", pattern)
+        arguments = (STORIES, "--text", text, "--block", "32", "--tokens", "320", "--json", str(out), *more)
+        assert evaluate(*arguments, "--device", "cpu") == 0
+        found[pattern] = json.loads(out.read_text())["loss"]
+        assert json.loads(out.read_text())["activations"] == pattern
+    opened = open_model(STORIES)
+    quantize_activations(opened.model, {"na": 2, "mm": 2})
+    opened.model.train()
+    measured = perplexity(opened.model, opened.require_tokenizer(), TEXT, block=32, tokens=320)
+    assert measured.loss == found["na=2,mm=2"]
+    assert opened.model.training  # measuring leaves the mode alone
+    assert len(activation_quantizers(opened.model)) == 2 * len(opened.model.layers)
+    assert abs(found["a8"] - found[None]) < 0.05 < found["na=2,mm=2"] - found[None]  # nats; 2 bits hurt
+
+
+def test_a_run_as_it_trained_computes_with_its_quantizers(text, tmp_path, capsys):
+    output, out = tmp_path / "run", tmp_path / "out.json"
+    small = ["steps=1", "data.sequence_length=32", "data.batch_size=2", "schedule.warmup_steps=0"]
+    small += ["log.evaluate_batches=1", "transform.0.name=activation_quantization", "transform.0.pattern=a4"]
+    assert command("run", "train", "--config", "quickstart_baseline", f"output={output}", *small) == 0
+    measure = ("--text", text, "--block", "32", "--tokens", "320", "--json", str(out))
+    losses = []
+    for more in ((str(output),), (str(output), "--as-trained"), (str(output), "--activations", "a4")):
+        assert evaluate(*more, *measure) == 0
+        losses.append(json.loads(out.read_text())["loss"])
+    assert losses[0] != losses[1]
+    assert losses[1] == losses[2]
+    for other in (STORIES, str(output / "export")):
+        assert evaluate(other, "--as-trained", *measure) == 2
+        assert f"{other}: is no run" in capsys.readouterr().err

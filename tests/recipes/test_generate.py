@@ -19,6 +19,7 @@ from qrecipes.data.chat import Message
 from qrecipes.export.opened import open_model
 from qrecipes.generation import Generator, Sampling
 from qrecipes.generation.chat import ChatFormat, chat
+from qrecipes.generation.quantized_cache import CachePlan
 
 MODEL = "hf:asset:stories260k"
 GREEDY = ("--temperature", "0", "--device", "cpu")
@@ -307,3 +308,42 @@ def test_smollm2_continues_as_in_transformers(capsys):
     arguments = ("--prompt", prompt, "--max-tokens", "40", *GREEDY)
     assert not command_line("generate", f"hf:{folder}", *arguments)
     assert capsys.readouterr().out == tokenizer.decode(output[0], skip_special_tokens=True) + "\n"
+
+
+@pytest.mark.parametrize(("bits", "stored"), [("4", 4), ("8", 8), ("none", None)])
+def test_kv_bits_are_those_of_the_cache(opened, bits, stored, capsys):
+    arguments = ("--prompt", "Once upon a time", "--max-tokens", "20", "--no-stream", *GREEDY)
+    assert not command_line("generate", MODEL, *arguments, "--kv-bits", bits)
+    generator = Generator(opened.model, opened.require_tokenizer(), kv_bits=stored)
+    assert capsys.readouterr().out == "Once upon a time" + added(generator, "Once upon a time", 20) + "\n"
+
+
+def test_a_models_own_bits_need_a_model_that_has_them(capsys):
+    arguments = ("--prompt", "Lily", "--max-tokens", "5", "--kv-bits", "model", *GREEDY)
+    assert command_line("generate", MODEL, *arguments)
+    assert "does not quantize its keys; give 8 or 4" in capsys.readouterr().err
+    assert not command_line("generate", MODEL, *arguments, "--activations", "a8kv4")
+
+
+def test_a_runs_configuration_names_the_bits_of_its_cache(tmp_path, capsys, monkeypatch):
+    output, seen = tmp_path / "run", []
+    small = ["steps=1", "data.sequence_length=32", "data.batch_size=2", "schedule.warmup_steps=0"]
+    small += ["log.evaluate_batches=1", "generation.kv_bits=4"]
+    assert not command_line("run", "train", "--config", "quickstart_baseline", f"output={output}", *small)
+    of = CachePlan.of.__func__
+
+    def remember(cls, attention, fqn, bits):
+        seen.append(bits)
+        return of(cls, attention, fqn, bits)
+
+    monkeypatch.setattr(CachePlan, "of", classmethod(remember))
+    for folder in (output, output / "export"):
+        arguments = ("generate", str(folder), "--prompt", "Lily", "--max-tokens", "3", *GREEDY)
+        assert not command_line(*arguments)
+        assert set(seen) == {4}
+        seen.clear()
+        assert not command_line(*arguments, "--kv-bits", "8")
+        assert set(seen) == {8}
+        seen.clear()
+        assert not command_line(*arguments, "--kv-bits", "none")
+        assert not seen
