@@ -12,7 +12,6 @@ from typing import Literal, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from qrecipes.errors import ConfigError
 from qrecipes.quant.affine import AffineGrid
 from qrecipes.quant.formats import AffineFormat
 from qrecipes.quant.packing import BITS, signed_range
@@ -62,15 +61,13 @@ def initial_grid(
     for weights up to 1 / sqrt(K) where there are no others: a scale of zero would never leave it.
 
     Raises:
-        ConfigError: if a weight is not finite. Reads the tensor.
+        ValueError: if a weight is not finite, naming `where`. Reads the tensor.
     """
     if w_NK.is_meta:  # a place for stored tensors
         empty = w_NK.new_empty(w_NK.shape[0], format.num_groups(w_NK.shape[1]), dtype=torch.float32)
         return TrainedGrid(empty, None if format.symmetric else torch.empty_like(empty))
     if not torch.isfinite(w_NK).all():
-        raise ConfigError(
-            f"{where}: holds weights that are not finite; load other weights, or skip the layer"
-        )
+        raise ValueError(f"{where}: holds weights that are not finite; load other weights, or skip the layer")
     if ranges == "lp":
         grid = lp_grid(w_NK, format, p=p)
     else:

@@ -32,7 +32,7 @@ from qrecipes.quant.input_linear import (
     integer_tokens,
     matrix,
 )
-from qrecipes.quant.learned_grid import TrainedGrid, initial_grid, round_zero
+from qrecipes.quant.learned_grid import TrainedGrid, round_zero
 from qrecipes.quant.packing import signed_range
 from qrecipes.transforms.base import Bounds, ParamGroup, register
 from qrecipes.transforms.qat import QATConfig, QATLinear, QATTransform
@@ -85,20 +85,20 @@ def _rounded(weight_NK: Tensor, scale_NG: Tensor, zero_NG: Tensor | None, bits: 
 class FullQATLinear(QATLinear):
     """A trained weight that is rounded in every forward pass, on a trained grid."""
 
+    weight: nn.Parameter
+
     def __init__(self, config: FullQATConfig, layer: nn.Linear, grid: TrainedGrid) -> None:
         super().__init__(config, layer, grid, layer.weight.dtype)
-        self.weight: nn.Parameter = layer.weight
+        self.weight = layer.weight
 
     @classmethod
     def from_linear(cls, layer: nn.Linear, config: FullQATConfig) -> FullQATLinear:
         """The layer with the Parameters of `layer`.
 
         Raises:
-            ConfigError: if its weights are not finite.
-            ValueError: if the groups do not divide the input features.
+            ConfigError: if its weights are not finite, or the groups do not divide the input features.
         """
-        grid = initial_grid(layer.weight.detach(), config.format, config.ranges, config.p, "full_qat")
-        return cls(config, layer, grid)
+        return cls(config, layer, config.start(layer.weight.detach()))
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., K] -> [..., N], in the input's type."""

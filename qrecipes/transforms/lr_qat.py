@@ -26,7 +26,7 @@ from qrecipes.quant.activations import fake_quantize
 from qrecipes.quant.affine import AffineGrid
 from qrecipes.quant.formats import AffineFormat
 from qrecipes.quant.input_linear import bias_gradient, integer_product, integer_tokens, matrix
-from qrecipes.quant.learned_grid import TrainedGrid, initial_grid, trained_grid
+from qrecipes.quant.learned_grid import TrainedGrid, trained_grid
 from qrecipes.quant.linear import QuantLinear
 from qrecipes.quant.low_rank_linear import low_rank_linear
 from qrecipes.quant.low_rank_rounding import (
@@ -127,15 +127,15 @@ class LRQATLinear(QATLinear):
         B is drawn from the global random state.
 
         Raises:
-            ConfigError: if its weights are not finite, or it is quantized in another format.
-            ValueError: if the groups do not divide the input features.
+            ConfigError: if its weights are not finite, the groups do not divide the input features, or it
+            is quantized in another format.
         """
         rounding = config.rounding(layer.in_features)
         if isinstance(layer, QuantLinear):
             levels, grid, dtype = *_levels_of(layer, config, "a layer"), layer.compute_dtype
         else:
             weight, dtype = layer.weight.detach(), layer.weight.dtype
-            grid = initial_grid(weight, config.format, config.ranges, config.p, "lr_qat")
+            grid = config.start(weight)
             levels = _divided(weight, grid)
         factors = _start(config, layer, levels.device)
         if levels.is_meta:
@@ -236,7 +236,7 @@ def _levels_of(layer: QuantLinear, config: LRQATConfig, where: str) -> tuple[Ten
     check_base(layer, config, where)
     if layer.packed.is_meta:  # type: ignore[union-attr]
         empty = torch.empty(layer.out_features, layer.in_features, device="meta")
-        return empty, initial_grid(empty, config.format, config.ranges, config.p, where)
+        return empty, config.start(empty)
     grid: AffineGrid = layer.grid
     return layer.integers().float(), trained_grid(grid, config.format, layer.in_features)
 

@@ -34,6 +34,7 @@ from qrecipes.quant.learned_grid import (
     TrainedFormat,
     TrainedGrid,
     collapsed_scales,
+    initial_grid,
     lsq_factor,
     round_zero,
     to_parameter,
@@ -151,6 +152,17 @@ class QATConfig(TransformConfig):
     def format(self) -> TrainedFormat:
         """The grid of the weights."""
         return TrainedFormat(bits=self.bits, group_size=self.group_size, symmetric=self.symmetric)
+
+    def start(self, w_NK: Tensor) -> TrainedGrid:
+        """The grid that training starts from.
+
+        Raises:
+            ConfigError: if the weights are not finite, or the groups do not divide a row.
+        """
+        try:
+            return initial_grid(w_NK, self.format, self.ranges, self.p, self.where)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
 
     def kv_scheme(self) -> ActivationScheme | None:
         """What of attention is quantized."""

@@ -66,7 +66,7 @@ class TorchaoQATConfig(TransformConfig):
             return QATConfig(Int4WeightOnlyConfig(group_size=self.group_size), step="prepare")
         base = Int8DynamicActivationIntxWeightConfig(
             weight_dtype=torch.int4,  # type: ignore[attr-defined]
-            weight_granularity=PerGroup(self.group_size)
+            weight_granularity=PerGroup(self.group_size),
         )
         return QATConfig(base, step="prepare")
 

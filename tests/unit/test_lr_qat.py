@@ -130,7 +130,7 @@ def test_output_and_gradients_are_the_papers(bits, storage, symmetric, size, ran
     for name, p in layer.named_parameters():
         if p.requires_grad:
             theirs = getattr(twin, name).grad
-            atol = 2e-5 * max(1.0, float(theirs.abs().max()))  # gradients of levels are as large as weights
+            atol = 2e-5 * max(1.0, theirs.abs().max().item())  # gradients of levels are as large as weights
             torch.testing.assert_close(p.grad.double(), theirs, rtol=2e-5, atol=atol, msg=name)
         else:
             assert p.grad is None, name
@@ -301,7 +301,7 @@ def test_the_integer_forward_is_the_fake_quantized_one_but_for_rounding(bits, in
     assert len(found["integer"]) == 5
     for name, ours in found["integer"].items():
         theirs = found["fake"][name]
-        atol = 2e-6 * float(theirs.abs().max())  # float32 sums of 96 terms
+        atol = 2e-6 * theirs.abs().max().item()  # float32 sums of 96 terms
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=atol, msg=name)
     merged = integer.merged()
     assert isinstance(merged, QuantInputLinear)
