@@ -171,7 +171,9 @@ class LoRALinear(AdaptedLinear):
         super().__init__(base)
         self.config, self.scaling = config, config.scaling
         dtype = ADAPTER_TYPES[config.adapter_dtype]
-        self.lora_a, self.lora_b = nn.Parameter(a.to(dtype)), nn.Parameter(b.to(dtype))
+        # contiguous, as FSDP2 wants them: what an SVD gives is not
+        self.lora_a = nn.Parameter(a.to(dtype).contiguous())
+        self.lora_b = nn.Parameter(b.to(dtype).contiguous())
         self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
         self.magnitude = self.row_norm_squared = None
         if config.use_dora:

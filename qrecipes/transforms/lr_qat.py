@@ -114,7 +114,8 @@ class LRQATLinear(QATLinear):
         self.rounding = config.rounding(layer.in_features)
         self.phi = nn.Parameter(phi, requires_grad=False)
         kept = ADAPTER_TYPES[config.adapter_dtype]
-        a, b = (None, None) if factors is None else (nn.Parameter(t.to(kept)) for t in factors)
+        # contiguous, as FSDP2 wants them: what an SVD gives is not
+        a, b = (None, None) if factors is None else (nn.Parameter(t.to(kept).contiguous()) for t in factors)
         self.register_parameter("low_rank_a", a)
         self.register_parameter("low_rank_b", b)
         if self.bias is not None:

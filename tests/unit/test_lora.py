@@ -316,3 +316,9 @@ def test_a_symmetric_base_is_rounded_to_symmetric_integers_again():
     assert merged.format == AffineFormat(bits=4)
     error = (merged.dequantize() - layer.merged_weight()).abs()
     assert (error <= 0.5001 * merged.scale).float().mean() > 0.9  # but for what the narrower range clips
+
+
+@pytest.mark.parametrize("init", ["default", "loftq"])
+def test_parameters_are_contiguous_as_fsdp2_wants_them(init):
+    layer = LoRALinear.from_linear(nn.Linear(64, 48), LoRAConfig(base="int4", rank=8, init=init))
+    assert all(p.is_contiguous() for p in layer.parameters())

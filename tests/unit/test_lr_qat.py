@@ -559,3 +559,9 @@ def test_grid_of_the_merged_layer_is_the_stored_one():
     grid = layer.merged().grid
     assert isinstance(grid, AffineGrid)
     assert torch.equal(grid.zero, layer.zero.round().clamp(-4, 3).to(torch.int8))
+
+
+@pytest.mark.parametrize("init", ["zero", "loftq"])
+def test_parameters_are_contiguous_as_fsdp2_wants_them(init):
+    layer = LRQATLinear.from_linear(nn.Linear(64, 48), LRQATConfig(storage="int4", rank=8, init=init))
+    assert all(p.is_contiguous() for p in layer.parameters())
