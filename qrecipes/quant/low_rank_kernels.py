@@ -25,8 +25,8 @@ from triton import knobs
 from qrecipes.quant.low_rank_storage import LowRankRounding
 
 BLOCK_N, MOST_BLOCK_K, NUM_WARPS = 64, 128, 8
-LEAST_BLOCK, MOST_BLOCK_R = 16, 64
-"""Tensor cores take 16 at least. A higher rank than the second is cut into blocks."""
+LEAST_BLOCK, RANK_BYTES = 16, 128
+"""Tensor cores take blocks of 16 at least. A rank of more bytes than the second is cut into blocks."""
 SCRATCH_BYTES = 2**14
 """Shared memory of the gradients' kernel that does not grow with the number of stages, about."""
 GRADIENT_PROGRAMS = 512
@@ -135,19 +135,18 @@ def launch_grads(grad_NK: Tensor, weight: Operands, rounding: LowRankRounding, s
         per_split,
         **constants,
         num_warps=NUM_WARPS,
-        num_stages=2 if two_stages_bytes(grad_NK, weight, constants) <= shared_bytes else 1,
+        num_stages=num_stages(grad_NK, weight, constants, shared_bytes),
         enable_fp_fusion=False,
     )
     return parts
 
 
-def two_stages_bytes(grad_NK: Tensor, weight: Operands, constants: Mapping[str, Any]) -> int:
-    """Shared memory, at most, with which the gradients' kernel loads the next block while it works on one."""
-    block_k, block_r = constants["BLOCK_K"], constants["BLOCK_R"] * constants["RANK_BLOCKS"]
-    loaded = BLOCK_N * block_k * (grad_NK.element_size() + weight.phi.element_size())
+def num_stages(grad_NK: Tensor, weight: Operands, constants: Mapping[str, Any], shared_bytes: int) -> int:
+    """2 where the gradients' kernel has the shared memory to load the next block while it works on one."""
+    loaded = constants["BLOCK_K"] * (grad_NK.element_size() + weight.phi.element_size()) * BLOCK_N
     if weight.a is not None:
-        loaded += (BLOCK_N + block_k) * block_r * weight.a.element_size()
-    return 2 * loaded + SCRATCH_BYTES
+        loaded += (BLOCK_N + constants["BLOCK_K"]) * constants["BLOCK_R"] * weight.a.element_size()
+    return 2 if constants["RANK_BLOCKS"] <= 1 and 2 * loaded + SCRATCH_BYTES <= shared_bytes else 1
 
 
 def _rank(a_NR: Tensor | None) -> int:
@@ -157,7 +156,8 @@ def _rank(a_NR: Tensor | None) -> int:
 def _constants(rounding: LowRankRounding, a_NR: Tensor | None, tiles: _Tiles) -> dict[str, Any]:
     """What the kernels are compiled for."""
     R = _rank(a_NR)
-    block_r = min(MOST_BLOCK_R, max(LEAST_BLOCK, triton.next_power_of_2(max(R, 1))))
+    most_block_r = RANK_BYTES // (2 if a_NR is None else a_NR.element_size())
+    block_r = min(most_block_r, max(LEAST_BLOCK, triton.next_power_of_2(max(R, 1))))
     return {
         "STORAGE": rounding.storage,
         "BITS": rounding.bits,
@@ -309,7 +309,7 @@ def _rounded_tile(  # type: ignore[no-untyped-def]
             product = _add_product(product, a, b)
         else:
             cols = first + tl.arange(0, BLOCK_K)
-            for block in tl.static_range(RANK_BLOCKS):
+            for block in range(RANK_BLOCKS):
                 a_block = _load_a(a_ptr, rows, block, N, R, BLOCK_R)
                 b_block = _load_b(b_ptr, cols, end, block, K, R, BLOCK_R)
                 product = _add_product(product, a_block, b_block)
@@ -393,20 +393,23 @@ def _weight_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _add_mixed_dot(total, grad, x):  # type: ignore[no-untyped-def]
-    """A product of gradients with `x`, of their type or float32, added to `total`.
+def _add_grad_dot(total, grad, x):  # type: ignore[no-untyped-def]
+    """A product of gradients with `x`, added to `total`, on tensor cores.
 
-    bfloat16 is multiplied by the leading 16 bits of float32 `x`, in two parts, on tensor cores: within 2**-16
-    of `x`. Other mixtures are multiplied in float32.
+    What is not in one type of 16 bits is multiplied by its leading 16 bits, in two parts of bfloat16: within
+    2**-16 of it.
     """
-    if grad.dtype == x.dtype:
+    if grad.dtype == x.dtype and grad.dtype != tl.float32:
         return _add_dot(total, grad, x)
-    elif grad.dtype == tl.bfloat16:  # noqa: RET505 - as above
-        high = x.to(tl.bfloat16)
-        low = (x.to(tl.float32) - high.to(tl.float32)).to(tl.bfloat16)
-        return _add_dot(_add_dot(total, grad, low), grad, high)
-    else:
-        return _add_dot(total, grad.to(tl.float32), x.to(tl.float32))
+    else:  # noqa: RET505 - as above
+        x0 = x.to(tl.bfloat16)
+        x1 = (x.to(tl.float32) - x0.to(tl.float32)).to(tl.bfloat16)
+        if grad.dtype == tl.bfloat16:
+            return _add_dot(_add_dot(total, grad, x1), grad, x0)
+        else:  # noqa: RET505 - as above
+            grad0 = grad.to(tl.bfloat16)
+            grad1 = (grad.to(tl.float32) - grad0.to(tl.float32)).to(tl.bfloat16)
+            return _add_dot(_add_dot(_add_dot(total, grad0, x1), grad1, x0), grad0, x0)
 
 
 @triton.jit
@@ -485,16 +488,15 @@ def _grads_kernel(  # type: ignore[no-untyped-def]
             if zero_ptr is not None:
                 level -= _clip(_round(_load_grid(zero_ptr, rows, group, N, G), BITS), BITS)[:, None]
                 tl.store(parts_sum_ptr + at, tl.sum(grad.to(tl.float32), 1), mask=rows < N)
-            products = tl.where(inside, grad.to(tl.float32) * level, 0.0)
-            tl.store(parts_scale_ptr + at, tl.sum(products, 1), mask=rows < N)
+            tl.store(parts_scale_ptr + at, tl.sum(grad.to(tl.float32) * level, 1), mask=rows < N)
         if RANK_BLOCKS > 0:
             passed = (rounded >= -(2.0 ** (BITS - 1))) & (rounded <= 2.0 ** (BITS - 1) - 1)
             grad = tl.where(passed, grad, tl.zeros_like(grad))
             nothing = tl.zeros((BLOCK_N, BLOCK_R), dtype=tl.float32)
-            grad_a = _add_mixed_dot(nothing, grad, tl.trans(b)) * (scale * scaling)[:, None]
+            grad_a = _add_grad_dot(nothing, grad, tl.trans(b)) * (scale * scaling)[:, None]
             a_ptrs = parts_a_ptr + (tile.to(tl.int64) * N + rows[:, None]) * R + ranks[None, :]
             tl.store(a_ptrs, grad_a, mask=(rows < N)[:, None] & (ranks < R)[None, :])
-            sum_b = _add_mixed_dot(sum_b, tl.trans(grad), a.to(tl.float32) * (scale * scaling)[:, None])
+            sum_b = _add_grad_dot(sum_b, tl.trans(grad), a.to(tl.float32) * (scale * scaling)[:, None])
     if RANK_BLOCKS > 0:
         b_ptrs = parts_b_ptr + (split.to(tl.int64) * K + cols[:, None]) * R + ranks[None, :]
         tl.store(b_ptrs, sum_b, mask=(cols < end)[:, None] & (ranks < R)[None, :])
