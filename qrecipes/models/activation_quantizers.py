@@ -7,7 +7,7 @@ what was on it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -211,16 +211,23 @@ def quantize_activations(
     return insert_activation_quantizers(model, scheme)
 
 
-def remove_activation_quantizers(model: nn.Module) -> nn.Module:
-    """Leave no quantizer of activations in `model`, in place; a model without any stays as it is."""
+def remove_activation_quantizers(model: nn.Module, keys: Collection[str] | None = None) -> nn.Module:
+    """Leave no quantizer of the activations called `keys`, or of any, in `model`, in place."""
+
+    def goes(quantizer: Any) -> bool:
+        return isinstance(quantizer, ActivationQuantizer) and (keys is None or quantizer.key in keys)
+
     for module in model.modules():
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
             for handle, hook in list(hooks.items()):
-                if isinstance(getattr(hook, "__self__", None), ActivationQuantizer):
+                if goes(getattr(hook, "__self__", None)):
                     del hooks[handle]
         call = vars(module).get("_attention_call")
         if isinstance(call, _AttentionCall):
-            module._attention_call = call.call  # type: ignore[assignment]
+            call.query = None if goes(call.query) else call.query
+            call.key = None if goes(call.key) else call.key
+            if call.query is None and call.key is None:
+                module._attention_call = call.call  # type: ignore[assignment]
     return model
 
 
@@ -229,9 +236,9 @@ def activation_quantizers(model: nn.Module) -> dict[str, ActivationQuantizer]:
     return {quantizer.name: quantizer for _, quantizer in _quantizers(model)}
 
 
-def quantized_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules whose inputs, outputs, queries or keys are quantized, by the name of that tensor."""
-    return {quantizer.name: module for module, quantizer in _quantizers(model)}
+def quantized_modules(model: nn.Module, keys: Collection[str]) -> dict[str, nn.Module]:
+    """The modules that give or take a quantized activation called one of `keys`, by the activation's name."""
+    return {quantizer.name: module for module, quantizer in _quantizers(model) if quantizer.key in keys}
 
 
 def quantizers_of(module: nn.Module) -> dict[str, ActivationQuantizer]:

@@ -92,7 +92,7 @@ class ActivationQuantization(Transform[ActivationQuantizationConfig]):
 
     def layers(self, model: nn.Module) -> dict[str, nn.Module]:
         """The modules that have a quantizer, by the activation's name."""
-        return quantized_modules(model)
+        return quantized_modules(model, self.config.scheme.pattern)
 
     def bounds(self) -> Bounds:
         """One bound for 2 bits and for 8; a bit is worth about 6 dB, and outliers take from it."""
@@ -108,7 +108,7 @@ class ActivationQuantization(Transform[ActivationQuantizationConfig]):
 
     def finalize(self, model: nn.Module) -> nn.Module:
         """Take the quantizers out."""
-        return remove_activation_quantizers(model)
+        return remove_activation_quantizers(model, self.config.scheme.pattern)
 
     def _left_alone(self, fqn: str) -> bool:
         return self.config.reason_to_skip(fqn) is not None

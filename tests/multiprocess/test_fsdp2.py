@@ -15,6 +15,7 @@ from harness import Trial, methods, tiny_run, variants
 
 from qrecipes.errors import CheckpointError
 from qrecipes.training import checkpoint
+from qrecipes.transforms import REGISTRY
 from qrecipes.transforms.base import transform_for
 
 WORKER = Path(__file__).with_name("worker.py")
@@ -23,13 +24,14 @@ from worker import variant  # noqa: E402 - a script beside this file, run under 
 
 FAMILIES = ("llm", "vit") if importlib.util.find_spec("timm") else ("llm",)
 PLAIN = [f"{family}:{method}:plain" for family in FAMILIES for method in ["", *methods()]]
+REPLACES_LAYERS = next(method for method in methods() if REGISTRY[method].compares_layers)
 EXTRA = [
-    f"llm:{methods()[0]}:checkpointing",
+    f"llm:{REPLACES_LAYERS}:checkpointing",
     *(f"{family}:{name}:plain" for name, families in variants().items() for family in families),
-    f"llm:{methods()[0]}:compile",
+    f"llm:{REPLACES_LAYERS}:compile",
     "llm::noreshard",
     "llm::chunked",
-    f"llm:{methods()[0]}:chunked",
+    f"llm:{REPLACES_LAYERS}:chunked",
     "llm::adamw8bit",
     "llm::stochastic_adamw",  # in float32, where it rounds nothing and equals AdamW
     "llm::schedule_free_adamw",

@@ -347,3 +347,20 @@ def test_a_runs_configuration_names_the_bits_of_its_cache(tmp_path, capsys, monk
         seen.clear()
         assert not command_line(*arguments, "--kv-bits", "none")
         assert not seen
+
+
+def test_a_run_as_it_trained_generates_over_a_cache_of_its_own_bits(tmp_path, capsys):
+    output = tmp_path / "run"
+    small = ["steps=1", "data.sequence_length=32", "data.batch_size=2", "schedule.warmup_steps=0"]
+    small += ["log.evaluate_batches=1", "export.at_end=false", "transform.0.name=activation_quantization"]
+    small += ["transform.0.pattern=a8kv4"]
+    assert not command_line("run", "train", "--config", "quickstart_baseline", f"output={output}", *small)
+    texts = set()
+    for way in (("--as-trained", "--kv-bits", "model"), ("--activations", "a8kv4", "--kv-bits", "4")):
+        arguments = ("generate", str(output), "--prompt", "Lily", "--max-tokens", "20", *GREEDY)
+        capsys.readouterr()
+        assert not command_line(*arguments, *way)
+        texts.add(capsys.readouterr().out)
+    assert len(texts) == 1
+    assert command_line(*arguments, "--as-trained", "--activations", "a8kv4")
+    assert "is quantized already" in capsys.readouterr().err

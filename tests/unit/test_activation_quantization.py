@@ -203,6 +203,25 @@ def test_a_copy_has_quantizers_of_its_own():
     )
 
 
+def test_two_transforms_quantize_and_finalize_their_own_activations():
+    """As a method of weights does that quantizes keys and values itself, before this one adds the others."""
+    run = tiny_run("llm", None)
+    first = ActivationQuantizationConfig(pattern={"k": 4, "ke": 8})
+    second = ActivationQuantizationConfig(pattern={"na": 8, "qe": 8})
+    chain = Chain.from_configs([first, second])
+    model = chain.swap(build_plain(run))
+    assert [
+        set(t.layers(model)) & {"layers.0.attn.k_proj:k", "layers.0.attn:qe"} for t in chain.transforms
+    ] == [
+        {"layers.0.attn.k_proj:k"},
+        {"layers.0.attn:qe"},
+    ]
+    chain.transforms[1].finalize(model)
+    assert {name.rpartition(":")[2] for name in activation_quantizers(model)} == {"k", "ke"}
+    chain.transforms[0].finalize(model)
+    assert not activation_quantizers(model)
+
+
 def test_suspended_quantizers_do_nothing_and_go_on_afterwards():
     model = decoder()
     plain = model(IDS)

@@ -168,6 +168,15 @@ def test_what_is_not_finite_is_not_hidden_and_stays_in_its_token(bad, symmetric,
         assert torch.equal(stored[[0, 2]], found[[0, 2]])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("symmetric", "zero_point"), GRIDS)
+def test_arithmetic_is_in_float32_and_rounded_once(symmetric, zero_point, dtype):
+    x = tokens(3, 20, 64).to(dtype)
+    found = fake_quantize(x, 8, symmetric=symmetric, zero_point=zero_point)
+    exact = fake_quantize(x.float(), 8, symmetric=symmetric, zero_point=zero_point)
+    assert torch.equal(found, exact.to(dtype))
+
+
 def test_the_scale_is_the_one_that_symmetric_integers_have():
     x = torch.randn(4, 16)
     assert torch.equal(symmetric_scale(x, 8), quantize(x, 8, symmetric=True).scale)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -139,7 +140,10 @@ def test_the_model_is_left_as_it_was(pattern):
     )
 
 
-def test_compiled_steps_generate_the_same_text():
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_steps_generate_the_same_text(backend, monkeypatch):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    torch._dynamo.utils.counters.clear()
     prompts, sampling = ["Once", "Hello there"], Sampling(max_tokens=12, temperature=0)
     tokenizer = BytesTokenizer()
     tokenizer.end_ids = ()
@@ -149,6 +153,8 @@ def test_compiled_steps_generate_the_same_text():
         generator = Generator(model, tokenizer, batch_size=2, compile=compiled, kv_bits="model")
         texts.append([found.token_ids for found in generator.generate(prompts, sampling)])
     assert texts[0] == texts[1]
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert not torch._dynamo.utils.counters["graph_break"]
     assert len(set(texts[0][0])) > 3  # a text that only repeats itself would hide much
 
 
