@@ -89,7 +89,7 @@ class FullQATLinear(QATLinear):
 
     def __init__(self, config: FullQATConfig, layer: nn.Linear, grid: TrainedGrid) -> None:
         super().__init__(config, layer, grid, layer.weight.dtype)
-        self.weight = layer.weight
+        self.weight = cast(nn.Parameter, layer.weight)
 
     @classmethod
     def from_linear(cls, layer: nn.Linear, config: FullQATConfig) -> FullQATLinear:

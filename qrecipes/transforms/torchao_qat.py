@@ -14,9 +14,13 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torchao.quantization import Int4WeightOnlyConfig, Int8DynamicActivationIntxWeightConfig, PerGroup
+from torchao.quantization import (
+    Int4WeightOnlyConfig,
+    Int8DynamicActivationIntxWeightConfig,
+    PerGroup,
+    quantize_,
+)
 from torchao.quantization.qat import FakeQuantizedLinear, QATConfig
-from torchao.quantization.transform_module import _QUANTIZE_CONFIG_HANDLER
 
 from qrecipes.errors import ConfigError, TrainingError
 from qrecipes.quant.affine import AffineGrid
@@ -85,8 +89,10 @@ class TorchaoQATLinear(nn.Module):
     @classmethod
     def from_linear(cls, layer: nn.Linear, config: TorchaoQATConfig) -> TorchaoQATLinear:
         """The layer that torchao's prepare step makes, with the Parameters of `layer`."""
-        wanted = config.torchao_config()
-        fake = _QUANTIZE_CONFIG_HANDLER[type(wanted)](layer, wanted)
+        holder = nn.Sequential(layer)
+        quantize_(holder, config.torchao_config())
+        fake = holder[0]
+        assert isinstance(fake, FakeQuantizedLinear), type(fake)
         # where these are on the meta device, torchao makes others
         fake.weight, fake.bias = layer.weight, layer.bias
         return cls(fake, config)
