@@ -131,8 +131,10 @@ def train(run: Run, process: Process) -> int:
             log.restart_clock()
 
         model.train()
-        if first_step == 0:
+        if resume is None:
             judge(0)
+            if not run.steps:
+                save(0)
         try:
             for step in range(first_step, run.steps):
                 lr = run.optim.lr * lr_ratio(run.schedule, step, run.steps)
@@ -157,7 +159,7 @@ def train(run: Run, process: Process) -> int:
                 f"{error}; {where}; lower optim.lr, set optim.clip_norm, or look at the data of that step"
             ) from error
         judged = process.is_main and first_step >= run.steps and was_judged(run)
-        if not signal and not process.largest(judged):
+        if run.steps and not signal and not process.largest(judged):
             judge(run.steps)
     if signal:
         if process.is_main:
@@ -166,7 +168,7 @@ def train(run: Run, process: Process) -> int:
                 file=sys.stderr,
             )
         return 128 + signal
-    if first_step >= run.steps and process.is_main:
+    if resume is not None and first_step >= run.steps and process.is_main:
         print(f"{run.output}: all {run.steps} steps were done before; nothing to train", file=sys.stderr)
     if run.export.at_end:
         export_in_this_process(run, process, held_out)

@@ -35,7 +35,7 @@ def check(run: Run) -> None:
 
 def _schedule(run: Run) -> Iterator[Problem]:
     warmup, decay = run.schedule.warmup_steps, run.schedule.decay_steps
-    if warmup + decay > run.steps:
+    if run.steps and warmup + decay > run.steps:
         key, steps = ("warmup_steps", f"{warmup}") if warmup else ("decay_steps", f"{decay}")
         if warmup and decay:
             steps = f"{warmup} and {decay} of decay_steps"

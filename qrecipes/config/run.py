@@ -458,8 +458,8 @@ class Run:
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
-    steps: PositiveInt
-    """Optimizer steps."""
+    steps: NonNegativeInt
+    """Optimizer steps. 0 only judges, saves and exports what the transforms make of the model."""
     seed: NonNegativeInt = 0
     """Seed of the initial weights, of the data's order and of stochastic rounding."""
     output: str = "runs/default"

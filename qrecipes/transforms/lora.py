@@ -70,6 +70,8 @@ class LoRAConfig(AdapterConfig):
     for each `group_size` inputs. A layer that is low-bit already must be of this kind."""
     group_size: int = 64
     """Inputs of a row that share a scale, with an integer base; 0: the whole row."""
+    symmetric: bool = False
+    """An integer base has no offsets."""
     quantizer: Literal["rtn", "mse", "lp", "hqq"] = "rtn"
     """How an integer base's ranges are chosen: the whole range, of least squared error, of least fourth
     power, or with half-quadratic offsets."""
@@ -103,17 +105,26 @@ class LoRAConfig(AdapterConfig):
         if self.merge_tolerance < 0:
             raise ConfigError(f"{where}.merge_tolerance: {self.merge_tolerance} is negative; use 0 or more")
         if self.base == "bf16":
-            for key, default in (("init", "default"), ("merge", "plain"), ("quantizer", "rtn")):
+            for key, default in (
+                ("init", "default"),
+                ("merge", "plain"),
+                ("quantizer", "rtn"),
+                ("symmetric", False),
+            ):
                 if getattr(self, key) != default:
                     raise ConfigError(
                         f"{where}.{key}: {getattr(self, key)!r} is for a low-bit base, and base is 'bf16'; "
                         f"set base to 'nf4' or 'int4', or {key} to {default!r}"
                     )
-        if self.base == "nf4" and self.quantizer != "rtn":
-            raise ConfigError(
-                f"{where}.quantizer: {self.quantizer!r} chooses ranges of integers, and base is 'nf4'; leave "
-                "it out, or set base to 'int4'"
-            )
+        for key, default, what in (
+            ("quantizer", "rtn", "chooses ranges of integers"),
+            ("symmetric", False, "is for integers"),
+        ):
+            if self.base == "nf4" and getattr(self, key) != default:
+                raise ConfigError(
+                    f"{where}.{key}: {getattr(self, key)!r} {what}, and base is 'nf4'; leave it out, or "
+                    "set base to 'int4'"
+                )
         try:
             self.format()
         except ValueError as error:
@@ -133,8 +144,8 @@ class LoRAConfig(AdapterConfig):
         return AffineFormat(
             bits=int(self.base.removeprefix("int")),
             group_size=self.group_size or None,
-            symmetric=False,
-            zero_point="float",
+            symmetric=self.symmetric,
+            zero_point="integer" if self.symmetric else "float",
         )
 
     def quantize(self, layer: nn.Linear, format: WeightFormat) -> QuantLinear:
@@ -153,7 +164,9 @@ class LoRALinear(AdaptedLinear):
         super().__init__(base, config)
         self.scaling = config.scaling
         dtype = ADAPTER_TYPES[config.adapter_dtype]
-        self.lora_a, self.lora_b = nn.Parameter(a.to(dtype)), nn.Parameter(b.to(dtype))
+        # contiguous, as FSDP2 wants them: what an SVD gives is not
+        self.lora_a = nn.Parameter(a.to(dtype).contiguous())
+        self.lora_b = nn.Parameter(b.to(dtype).contiguous())
         self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
         self.magnitude = self.row_norm_squared = None
         if config.use_dora:

@@ -49,8 +49,27 @@ LLAMA_7B = LLAMA | {
     "max_position_embeddings": 2048,
     "rms_norm_eps": 1e-6,
 }
+LLAMA_2_7B = LLAMA_7B | {"max_position_embeddings": 4096, "rms_norm_eps": 1e-5}
+EIGHT_HEADS = {"num_key_value_heads": 8, "intermediate_size": 14336, "rms_norm_eps": 1e-5}
+LLAMA_3_8B = (
+    LLAMA_7B | EIGHT_HEADS | {"vocab_size": 128256, "max_position_embeddings": 8192, "rope_theta": 500000.0}
+)
+MISTRAL_7B = (
+    LLAMA_7B
+    | EIGHT_HEADS
+    | {
+        "architectures": ["MistralForCausalLM"],
+        "model_type": "mistral",
+        "max_position_embeddings": 32768,
+        "sliding_window": 4096,
+        "rope_theta": 10000.0,
+    }
+)
 PUBLISHED = {
     "hf:huggyllama/llama-7b": LLAMA_7B,
+    "hf:meta-llama/Llama-2-7b-hf": LLAMA_2_7B,
+    "hf:meta-llama/Meta-Llama-3-8B": LLAMA_3_8B,
+    "hf:mistralai/Mistral-7B-v0.1": MISTRAL_7B,
     "hf:HuggingFaceTB/SmolLM2-1.7B": SMOLLM2_1_7B,
     "hf:HuggingFaceTB/SmolLM2-1.7B-Instruct": SMOLLM2_1_7B,
     "hf:models/SmolLM2-135M-Instruct": SMOLLM2_135M,

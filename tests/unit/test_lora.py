@@ -275,6 +275,8 @@ def test_sites_that_cannot_be_adapted_are_named_before_any_is(message):
         ({"init": "loftq"}, "lora.init: 'loftq' is for a low-bit base"),
         ({"merge": "requantize"}, "lora.merge: 'requantize' is for a low-bit base"),
         ({"quantizer": "mse"}, "lora.quantizer: 'mse' is for a low-bit base"),
+        ({"symmetric": True}, "lora.symmetric: True is for a low-bit base"),
+        ({"base": "nf4", "symmetric": True}, "lora.symmetric: True is for integers"),
         ({"base": "nf4", "quantizer": "mse"}, "lora.quantizer: 'mse' chooses ranges of integers"),
         ({"base": "int4", "group_size": 12}, "lora.group_size: .*12 is no multiple of 8"),
     ],
@@ -292,3 +294,22 @@ def test_requantizing_is_allowed_any_error_of_logits_and_its_tolerance_of_perple
     assert exact.float64 < 1e-9
     assert math.isinf(rounded.float64)
     assert exact.perplexity == rounded.perplexity == 0.1
+
+
+def test_a_symmetric_base_is_rounded_to_symmetric_integers_again():
+    """The adapter's weight goes into the integers: QLoRA's base and LR-QAT's, per channel, with one key
+    apart."""
+    layer = adapted(
+        nn.Linear(64, 24), base="int4", symmetric=True, group_size=0, quantizer="lp", merge="requantize"
+    )
+    assert layer.base.format == AffineFormat(bits=4)
+    merged = layer.merged()
+    assert merged.format == AffineFormat(bits=4)
+    error = (merged.dequantize() - layer.merged_weight()).abs()
+    assert (error <= 0.5001 * merged.scale).float().mean() > 0.9  # but for what the narrower range clips
+
+
+@pytest.mark.parametrize("init", ["default", "loftq"])
+def test_parameters_are_contiguous_as_fsdp2_wants_them(init):
+    layer = LoRALinear.from_linear(nn.Linear(64, 48), LoRAConfig(base="int4", rank=8, init=init))
+    assert all(p.is_contiguous() for p in layer.parameters())
