@@ -22,9 +22,10 @@ def schema() -> dict[str, Any]:
     )
     definitions = _clean(document)["$defs"]
     run = definitions.pop("Run")
-    shared = definitions.pop("TransformConfig")["properties"]
+    definitions.pop("TransformConfig")
     for name in methods:
-        definitions[name] = _method_table(name, definitions[_target(refs[name, "validation"])], shared)
+        inherited = _inherited(REGISTRY[name].Config)
+        definitions[name] = _method_table(name, definitions[_target(refs[name, "validation"])], inherited)
     for name in methods:
         definitions.pop(_target(refs[name, "validation"]), None)
     run["properties"]["transform"]["items"] = {
@@ -50,7 +51,11 @@ def schema() -> dict[str, Any]:
 def meanings(cls: type) -> dict[str, str]:
     """The keys of a section's or method's table, each with its choices or the first sentence of its
     documentation."""
-    properties = TypeAdapter(cls).json_schema()["properties"]
+    inherited = _inherited(cls)
+    properties = {
+        key: inherited.get(key, {}) | node
+        for key, node in TypeAdapter(cls).json_schema()["properties"].items()
+    }
     return {
         key: f"one of {', '.join(map(str, node['enum']))}"
         if "enum" in node
@@ -77,12 +82,19 @@ def _required_unless_extending(run: dict[str, Any], definitions: dict[str, Any])
     }
 
 
-def _method_table(name: str, config: dict[str, Any], shared: dict[str, Any]) -> dict[str, Any]:
-    # pydantic reads the documentation of a class's own fields, not of those it inherits.
-    properties = {
-        key: {"description": shared[key]["description"], **node} if key in shared else node
-        for key, node in config["properties"].items()
-    }
+def _inherited(cls: type) -> dict[str, dict[str, str]]:
+    """Documentation of inherited keys: pydantic reads that of a class's own fields alone."""
+    found: dict[str, dict[str, str]] = {}
+    for base in reversed(cls.__mro__[1:]):
+        if is_dataclass(base) and hasattr(base, "__pydantic_config__"):
+            for key, node in TypeAdapter(base).json_schema()["properties"].items():
+                if "description" in node:
+                    found[key] = {"description": " ".join(node["description"].split())}
+    return found
+
+
+def _method_table(name: str, config: dict[str, Any], inherited: dict[str, dict[str, str]]) -> dict[str, Any]:
+    properties = {key: {**inherited.get(key, {}), **node} for key, node in config["properties"].items()}
     return {
         **config,
         "properties": {"name": {"const": name}, **properties},
