@@ -84,7 +84,7 @@ def test_every_rounding_and_ragged_shape(case, seed):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("rank", [8, 32, 256])
 def test_integers_differ_from_the_references_only_next_to_a_half(rank, dtype):
-    """At most 4 in a million; 2**24 values with a spacing of 2**-20 or less lie so near to one."""
+    """As many as Z lie so near to one: at most 4 in a million."""
     case = case_of(4096, 4096, "fp32", rank=rank, dtype=dtype, exact=False, scaling=1 / rank)
     found = integers_of(on_gpu(case)).cpu()
     differs = found != low_rank_integers_reference(*case[:3], case.rounding)

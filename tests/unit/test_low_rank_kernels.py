@@ -206,11 +206,11 @@ def check_gradients_are_the_references(case, dtype):
 
 def check_many_blocks_of_rows_and_columns():
     """Splits of the rows with several blocks, a last block that is not full, and several tiles of columns."""
-    for group_size, rank in ((None, 5), (136, 70)):
-        weight = LowRankRounding(bits=4, in_features=272, group_size=group_size, scaling=0.5)
-        case = make_case(weight, 330, rank, symmetric=False)
-        grad = torch.randn(330, 272)
-        for programs in (1, 8, 512):
+    for group_size, K, rank, numbers_of_programs in ((None, 136, 5, (1, 4, 512)), (136, 272, 70, (4,))):
+        weight = LowRankRounding(bits=4, in_features=K, group_size=group_size, scaling=0.5)
+        case = make_case(weight, 140, rank, symmetric=False)
+        grad = torch.randn(140, K)
+        for programs in numbers_of_programs:
             with mock.patch.object(operators.kernels, "GRADIENT_PROGRAMS", programs):
                 assert_close_grads(grad, case)
         wanted = low_rank_weight_reference(*case, torch.float32)
