@@ -99,6 +99,28 @@ def test_a_plain_model_over_low_bits_is_one_that_quantizes_rotated_keys_and_valu
         torch.testing.assert_close(found[row], wanted, rtol=0, atol=1e-5 * float(wanted.abs().max()))
 
 
+def test_heads_that_attention_hands_over_repeated_are_stored_once():
+    """Gemma 2's; another head's keys would change everything, 8 bits change little."""
+    plain, found = (over_cache(decoder("gemma2"), ROWS, 6, bits) for bits in (None, 8))
+    # 8 bits: less than 1% a key and value, over two layers
+    assert 0 < (found - plain).abs().max() < 0.1 * plain.abs().max()
+
+
+@pytest.mark.parametrize("pattern", [{"k": 4, "v": 4}, {"ke": 4, "v": 4}], ids=str)
+def test_keys_that_are_normed_after_rotation(pattern):
+    model = decoder()
+    for layer in model.layers:
+        for name in ("q_norm", "k_norm"):
+            norm = nn.RMSNorm(16, dtype=torch.float64)
+            norm.weight.data.uniform_(0.5, 2)
+            setattr(layer.attn, name, norm)
+    found = over_cache(quantize_activations(model, pattern), ROWS, 6, "model")
+    with torch.no_grad():
+        wanted = model(torch.tensor([ROWS[1]]))[0, -6:]
+    # float32 inside norms and rotations
+    torch.testing.assert_close(found[1], wanted, rtol=0, atol=1e-5 * float(wanted.abs().max()))
+
+
 @pytest.mark.parametrize("block", [3, 2048])
 def test_long_prompts_and_small_blocks_change_nothing(block, monkeypatch):
     model = quantize_activations(decoder(), "a8kv4")
