@@ -349,7 +349,8 @@ class QATTransform(LinearTransform[Any]):
         layers = self.layers(model)
         for fqn, layer in layers.items():
             check_scales(fqn or "the layer", cast(QATLinear, layer))
-        if not layers or self.config.kv_bits is None:
+        scheme = self.config.kv_scheme()
+        if not layers or scheme is None:
             return super().finalize(model)
-        remove_activation_quantizers(model)  # some are on layers that are replaced
+        remove_activation_quantizers(model, tuple(scheme.pattern))  # some are on layers that are replaced
         return self._quantize_attention(super().finalize(model))

@@ -525,7 +525,7 @@ image_size = 64
 
 def test_all_problems_come_out_together(here):
     assert (
-        len(problems(BASE.replace("10", "0") + "[optim]\nlr = -1\nepps = 1\n[[transform]]\nname = 'x'\n"))
+        len(problems(BASE.replace("10", "-1") + "[optim]\nlr = -1\nepps = 1\n[[transform]]\nname = 'x'\n"))
         == 4
     )
 

@@ -84,7 +84,7 @@ def test_a_whole_file_is_valid(validator):
     [
         ("stepps", 3),
         ("steps", "10k"),
-        ("steps", 0),
+        ("steps", -1),
         ("steps", None),
         ("data", None),
         ("model.source", None),
