@@ -57,7 +57,7 @@ def run_worker(folder: Path, device: str, cases: list[str]) -> dict:
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=900,
     )
     assert finished.returncode == 0, finished.stderr[-4000:]
     return json.loads(output.read_text()) | {"folder": str(folder)}
