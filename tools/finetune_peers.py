@@ -82,7 +82,7 @@ def peft_step(
         model,
         LoraConfig(
             r=adapters.rank,
-            lora_alpha=adapters.alpha,
+            lora_alpha=int(adapters.alpha),
             lora_dropout=0.0,
             target_modules="all-linear",
             task_type="CAUSAL_LM",
@@ -162,7 +162,7 @@ def torchtune_step(
                 intermediate_dim=shape.hidden,
                 max_seq_len=max(4096, shape.length),
                 lora_rank=adapters.rank,
-                lora_alpha=adapters.alpha,
+                lora_alpha=int(adapters.alpha),
                 lora_dropout=0.0,
                 quantize_base=quantized,
             )

@@ -9,16 +9,14 @@ do not run on, and an environment without Triton get the reference.
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
 from qrecipes.quant.affine import AffineGrid, dequantize_affine, quantize_affine
-from qrecipes.quant.dequantize_tiles import LEAST_CAPABILITY, DeviceLimits, Tiles, VectorTiles, choose_tiles
+from qrecipes.quant.dequantize_tiles import Tiles, VectorTiles, choose_tiles
+from qrecipes.quant.device import HAS_TRITON, LEAST_CAPABILITY, device_limits, on_device_of
 from qrecipes.quant.formats import AffineFormat, NF4Format, Payload, WeightFormat, format_of_key
-from qrecipes.quant.int8_matmul import HAS_TRITON, _current_device, _limits
 from qrecipes.quant.nf4 import dequantize_nf4, double_dequantize, double_quantize, quantize_nf4
 from qrecipes.quant.packing import pack, signed_range, unpack
 
@@ -77,7 +75,7 @@ def dequantize_triton(payload: Payload, format: WeightFormat, in_features: int, 
     """`dequantize` by its kernel, which Triton's interpreter runs on the CPU; for no float64."""
     out_NK = payload[0].new_empty((payload[0].shape[0], in_features), dtype=dtype)
     if out_NK.numel() > 0:
-        with _current_device(out_NK):
+        with on_device_of(out_NK):
             kernels.launch_dequantize(kernels.stored_weight(payload, format, in_features), out_NK)
     return out_NK
 
@@ -96,7 +94,7 @@ def dequantize_mm_triton(
     if out_TN.numel() == 0:
         return out_TN
     bias_N = None if bias_N is None else bias_N.contiguous()
-    with _current_device(out_TN):
+    with on_device_of(out_TN):
         weight = kernels.stored_weight(payload, format, K)
         if isinstance(tiles, VectorTiles):
             kernels.launch_vector(x_TK, weight, bias_N, out_TN, tiles)
@@ -196,7 +194,7 @@ def _dequantize_cuda(payload: list[Tensor], key: str, in_features: int, dtype: t
 def _mm_cuda(x_TK: Tensor, payload: list[Tensor], key: str, bias_N: Tensor | None = None) -> Tensor:
     (T, K), N = x_TK.shape, payload[0].shape[0]
     if T > 0 and _has_kernel(payload, x_TK.dtype):
-        tiles = choose_tiles(T, N, K, x_TK.dtype, _device_limits(x_TK.device))
+        tiles = choose_tiles(T, N, K, x_TK.dtype, device_limits(x_TK.device))
         if tiles is not None:
             return dequantize_mm_triton(x_TK, tuple(payload), format_of_key(key), bias_N, tiles)
     return linear(x_TK, _dequantize_cuda(payload, key, K, x_TK.dtype), bias_N)
@@ -208,13 +206,7 @@ def _mm_grad_input_cuda(dy_TN: Tensor, payload: list[Tensor], key: str, in_featu
 
 def _has_kernel(payload: list[Tensor], dtype: torch.dtype) -> bool:
     wide = torch.float64 in (dtype, *(t.dtype for t in payload))
-    return HAS_TRITON and not wide and _device_limits(payload[0].device).capability >= LEAST_CAPABILITY
-
-
-@lru_cache(maxsize=64)
-def _device_limits(device: torch.device) -> DeviceLimits:
-    shared_bytes, num_processors, _ = _limits(device)
-    return DeviceLimits(torch.cuda.get_device_capability(device), num_processors, shared_bytes)
+    return HAS_TRITON and not wide and device_limits(payload[0].device).capability >= LEAST_CAPABILITY
 
 
 def _dequantize_fake(payload: list[Tensor], key: str, in_features: int, dtype: torch.dtype) -> Tensor:

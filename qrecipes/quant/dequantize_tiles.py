@@ -8,25 +8,16 @@ to a temporary, which costs as much as a product of some hundred tokens, and tor
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple, TypeAlias
+from typing import TypeAlias
 
 import torch
 
+from qrecipes.quant.device import DeviceLimits
+
 UNIT = 8
 """Weights of a row that a thread reads at once."""
-LEAST_CAPABILITY = (8, 0)
-"""CUDA devices that the kernels run on: from Ampere on there is bfloat16. Older ones use plain PyTorch."""
 FUSED_TYPES = (torch.bfloat16, torch.float16)
 """Types of tokens that tensor cores multiply as the reference does. float32 is fused for one token only."""
-
-
-class DeviceLimits(NamedTuple):
-    """What the rule needs to know of a device."""
-
-    capability: tuple[int, int]
-    num_processors: int
-    shared_bytes: int
-    """Shared memory that a block can have."""
 
 
 @dataclass(frozen=True)

@@ -8,15 +8,20 @@ first copied into that layout where the product is large; elsewhere a kernel rea
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from functools import cache, lru_cache, partial
-from importlib.util import find_spec
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from qrecipes.quant import int8_tune
+from qrecipes.quant.device import (
+    HAS_TRITON,
+    device_limits,
+    has_int8_tensor_cores,
+    on_device_of,
+    require_triton,
+)
 from qrecipes.quant.int8_tiles import (
     GROUP_M,
     TILES,
@@ -29,13 +34,11 @@ from qrecipes.quant.int8_tiles import (
 
 __all__ = [
     "GROUP_M",
-    "HAS_TRITON",
     "INT32_SAFE_K",
     "SPLIT_K",
     "TILES",
     "Tiles",
     "choose_tiles",
-    "has_int8_tensor_cores",
     "scaled_int8_mm",
     "scaled_int8_mm_reference",
     "scaled_int8_mm_triton",
@@ -55,22 +58,9 @@ COPY_WORK, COPY_WIDTH = 2**31, 256
 the pointer kernel does 110 to 300 TOPS on such layouts and TMA 1200: they save more than a copy costs."""
 SCALE_TILE = 128
 """Elements that share a scale along each tiled dimension of `tile_scaled_int8_mm`."""
-HAS_TRITON = find_spec("triton") is not None
-_NO_CONTEXT = nullcontext()
 
 if HAS_TRITON:
-    import triton
-
     from qrecipes.quant import int8_kernels
-
-
-@cache
-def has_int8_tensor_cores(device: torch.device) -> bool:
-    """Whether the kernels serve a device: NVIDIA GPUs of compute capability 8.0, Ampere, or later.
-
-    Elsewhere every operator gives the same numbers in plain PyTorch, slowly.
-    """
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def scaled_int8_mm(
@@ -133,9 +123,9 @@ def scaled_int8_mm_triton(
         RuntimeError: if Triton is not installed.
     """
     _check("scaled_int8_mm_triton", a_MK, b_KN, row_scale_M1, col_scale_1N, bias_N, out_dtype)
-    _require_triton()
+    require_triton("scaled_int8_mm")
     (M, K), N = a_MK.shape, b_KN.shape[1]
-    shared_bytes, num_processors, _ = _limits(a_MK.device)
+    _, num_processors, shared_bytes = device_limits(a_MK.device)
     if not tma or 0 in (M, N, K):
         plan = _Plan(tiles or choose_tiles(M, N, shared_bytes, num_processors))
     else:
@@ -174,7 +164,7 @@ def tile_scaled_int8_mm_triton(
 ) -> Tensor:
     """The same by the Triton kernel, which also runs in the interpreter, as `scaled_int8_mm_triton` does."""
     _check_tiles("tile_scaled_int8_mm_triton", a_MK, b_KN, a_scale, b_scale, out_dtype)
-    _require_triton()
+    require_triton("scaled_int8_mm")
     out_MN = a_MK.new_empty(a_MK.shape[0], b_KN.shape[1], dtype=out_dtype)
     if out_MN.numel() > 0:
         with torch.cuda.device_of(a_MK):
@@ -195,8 +185,8 @@ def tune(M: int, N: int, K: int, device: torch.device | str = "cuda") -> Tiles:
     device = torch.device(device)
     if device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
-    shared_bytes, num_processors, has_tma = _limits(device)
-    if not has_tma:
+    limits = device_limits(device)
+    if not limits.has_tma:
         raise RuntimeError(
             f"tune.device: {torch.cuda.get_device_name(device)} has no TMA; its kernel takes its tiles by "
             "a rule alone, so do not tune there"
@@ -210,25 +200,16 @@ def tune(M: int, N: int, K: int, device: torch.device | str = "cuda") -> Tiles:
     ones = torch.ones(1, 1, device=device)
 
     def measure_ms(tiles: Tiles) -> float:
-        plan = _Plan(tiles, num_processors)
+        plan = _Plan(tiles, limits.num_processors)
         return int8_tune.median_ms(
             partial(_by_kernel, a_MK, b_NK.t(), ones, ones, None, torch.bfloat16, plan)
         )
 
     with torch.cuda.device(device):
-        candidates = [tiles for tiles in TMA_TILES if fits_tma(tiles, shared_bytes, 2)]
+        candidates = [tiles for tiles in TMA_TILES if fits_tma(tiles, limits.shared_bytes, 2)]
         tiles = int8_tune.table(device).add(M, N, K, candidates, measure_ms)
     _plan.cache_clear()
     return tiles
-
-
-class _Limits(NamedTuple):
-    """What the choice of a kernel needs to know of a device."""
-
-    shared_bytes: int
-    """Shared memory that a block can have."""
-    num_processors: int
-    has_tma: bool
 
 
 class _Plan(NamedTuple):
@@ -239,27 +220,13 @@ class _Plan(NamedTuple):
     """Number of processors for the kernel that uses TMA; 0 for the one that does not."""
 
 
-@cache
-def _limits(device: torch.device) -> _Limits:
-    if device.type != "cuda":  # the interpreter
-        return _Limits(TILES[-1][0].shared_bytes, 1, False)
-    _require_triton()
-    properties = triton.runtime.driver.active.utils.get_device_properties(device.index)
-    has_tma = torch.cuda.get_device_capability(device) >= (9, 0)
-    return _Limits(properties["max_shared_mem"], properties["multiprocessor_count"], has_tma)
-
-
-def _device_limits(device: torch.device) -> tuple[int, int]:
-    """Bytes of shared memory a block can have, and number of processors."""
-    return _limits(device)[:2]
-
-
 @lru_cache(maxsize=4096)
 def _plan(device: torch.device, M: int, N: int, K: int, readable: bool, output_bytes: int) -> _Plan:
     """The kernel and its tiles for operands that TMA can read, or for others; none of the sizes is 0."""
-    shared_bytes, num_processors, has_tma = _limits(device)
+    limits = device_limits(device)
+    _, num_processors, shared_bytes = limits
     large = M * N * K >= COPY_WORK and min(M, N) >= COPY_WIDTH
-    if has_tma and (readable or large):
+    if limits.has_tma and (readable or large):
         if int8_tune.is_wanted():
             _tune_unless_known(device, M, N, K)
         tiles = int8_tune.table(device).get(M, N, K)
@@ -289,14 +256,6 @@ def _readable_by_tma(matrix: Tensor) -> Tensor:
     rows, width = matrix.shape
     copy = matrix.new_empty_strided((rows, width), (-(-width // 16) * 16, 1))
     return copy.copy_(matrix)
-
-
-def _require_triton() -> None:
-    if not HAS_TRITON:
-        raise RuntimeError(
-            "scaled_int8_mm: Triton is not installed, and the CUDA kernel is written in it; "
-            "install the triton package that this torch names, or train on the CPU"
-        )
 
 
 def _check_operands(where: str, a_MK: Tensor, b_KN: Tensor, out_dtype: torch.dtype) -> None:
@@ -389,7 +348,7 @@ def _scaled_int8_mm_cuda(
     N, device = b_KN.shape[1], a_MK.device
     if not has_int8_tensor_cores(device):
         return _scaled_int8_mm_in_torch(a_MK, b_KN, row_scale_M1, col_scale_1N, out_dtype, bias_N)
-    _require_triton()
+    require_triton("scaled_int8_mm")
     if M == 0 or N == 0 or K == 0:
         plan = _Plan(TILES[-1][0])
     else:
@@ -500,19 +459,12 @@ def _launch(
     out_MN = a_MK.new_empty((a_MK.shape[0], b_KN.shape[1]), dtype=out_dtype)
     if out_MN.numel() == 0:
         return out_MN
-    with _current_device(a_MK):
+    with on_device_of(a_MK):
         if plan.tma_processors:
             int8_kernels.launch_tma(a_MK, b_KN, epilogue, out_MN, plan.tiles, plan.tma_processors)
         else:
             int8_kernels.launch_pointers(a_MK, b_KN, epilogue, out_MN, plan.tiles)
     return out_MN
-
-
-def _current_device(t: Tensor) -> AbstractContextManager[object]:
-    """Triton launches on the current device; entering torch's context costs more than asking whether to."""
-    if t.device.type != "cuda" or t.get_device() == torch.cuda.current_device():
-        return _NO_CONTEXT
-    return torch.cuda.device_of(t)
 
 
 # Operators by torch.library.Library: those of torch.library.custom_op take 11 to 18 microseconds a call,

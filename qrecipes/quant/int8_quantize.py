@@ -11,12 +11,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qrecipes.quant.int8_matmul import (
+from qrecipes.quant.device import (
     HAS_TRITON,
-    _current_device,
-    _limits,
-    _require_triton,
+    device_limits,
     has_int8_tensor_cores,
+    on_device_of,
+    require_triton,
 )
 from qrecipes.quant.primitives import quantize_int8
 
@@ -58,7 +58,7 @@ def quantize_rows_triton(x_MK: Tensor, seed: Tensor | None = None) -> tuple[Tens
     q_MK, scale_M1 = _rows_fake(x_MK)
     if 0 in x_MK.shape:
         return q_MK, scale_M1.zero_()
-    with _current_device(x_MK):
+    with on_device_of(x_MK):
         kernels.launch_rows(x_MK, q_MK, scale_M1, seed)
     return q_MK, scale_M1
 
@@ -72,8 +72,8 @@ def quantize_columns_triton(x_MK: Tensor, seed: Tensor | None = None) -> tuple[T
     if M == 0 or K == 0:
         scale_K1.zero_()
     else:
-        with _current_device(x_MK):
-            kernels.launch_columns(x_MK, words_Km, scale_K1, seed, _limits(x_MK.device).num_processors)
+        with on_device_of(x_MK):
+            kernels.launch_columns(x_MK, words_Km, scale_K1, seed, device_limits(x_MK.device).num_processors)
     q_KM = words_Km.view(torch.int8)
     return q_KM if M % 16 == 0 else q_KM[:, :M], scale_K1
 
@@ -85,7 +85,7 @@ def _check(where: str, x_MK: Tensor) -> None:
             "flatten leading dimensions, or convert it with x.float()"
         )
     if x_MK.is_cuda and has_int8_tensor_cores(x_MK.device):
-        _require_triton()
+        require_triton(where)
 
 
 def _seed(x_MK: Tensor, stochastic_rounding: bool) -> Tensor | None:

@@ -34,9 +34,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from qrecipes.quant.affine import _arithmetic
-from qrecipes.quant.dequantize import _device_limits
-from qrecipes.quant.dequantize_tiles import LEAST_CAPABILITY
-from qrecipes.quant.int8_matmul import HAS_TRITON, _current_device, _limits
+from qrecipes.quant.device import HAS_TRITON, LEAST_CAPABILITY, device_limits, on_device_of
 from qrecipes.quant.low_rank_reference import (
     LowRankGrads,
     linear_grads,
@@ -181,7 +179,7 @@ def low_rank_weight_triton(
     """`low_rank_weight` by its kernel, which Triton's interpreter runs on the CPU; for no float64."""
     w_NK = phi.new_empty((phi.shape[0], rounding.in_features), dtype=dtype)
     if w_NK.numel() > 0:
-        with _current_device(phi):
+        with on_device_of(phi):
             kernels.launch_weight(kernels.operands(phi, a_NR, b_RK, scale_NG, zero_NG), w_NK, rounding)
     return w_NK
 
@@ -198,7 +196,7 @@ def low_rank_integers_triton(
     N, K = phi.shape[0], rounding.in_features
     q = phi.new_empty((K, N) if transposed else (N, K), dtype=torch.int8)
     if q.numel() > 0:
-        with _current_device(phi):
+        with on_device_of(phi):
             weight = kernels.operands(phi, a_NR, b_RK, None, None)
             kernels.launch_weight(weight, q, rounding, transposed=transposed)
     return q
@@ -216,9 +214,9 @@ def low_rank_weight_grads_triton(
     """`low_rank_weight_grads` by its kernel and sums of its parts, as `low_rank_weight_triton`."""
     if grad_NK.numel() == 0:
         return low_rank_weight_grads_reference(grad_NK, phi, a_NR, b_RK, scale_NG, zero_NG, rounding)
-    with _current_device(phi):
+    with on_device_of(phi):
         weight = kernels.operands(phi, a_NR, b_RK, scale_NG, zero_NG)
-        shared_bytes = _limits(phi.device).shared_bytes
+        shared_bytes = device_limits(phi.device).shared_bytes
         parts = kernels.launch_grads(grad_NK.contiguous(), weight, rounding, shared_bytes)
     N, G = scale_NG.shape
     d_zero = None
@@ -236,7 +234,7 @@ def low_rank_weight_grads_triton(
 def _has_kernel(*tensors: Tensor | None, dtype: torch.dtype = torch.float32) -> bool:
     wide = torch.float64 in (dtype, *(t.dtype for t in tensors if t is not None))
     device = next(t.device for t in tensors if t is not None)
-    return HAS_TRITON and not wide and _device_limits(device).capability >= LEAST_CAPABILITY
+    return HAS_TRITON and not wide and device_limits(device).capability >= LEAST_CAPABILITY
 
 
 def _weight_on_cuda(

@@ -10,7 +10,7 @@ from torch import Tensor
 from torchao.optim import AdamW8bit
 from torchao.optim.subclass_8bit import OptimState8bit
 
-from qrecipes.quant.int8_matmul import HAS_TRITON
+from qrecipes.quant.device import HAS_TRITON
 from qrecipes.quant.sharded import local
 from qrecipes.training.optimizer_verbs import loss_of
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from qrecipes.errors import ConfigError
-from qrecipes.quant.int8_matmul import has_int8_tensor_cores
+from qrecipes.quant.device import has_int8_tensor_cores
 
 
 def check_int8_device(where: str, device: torch.device, *, emulate: bool, instead: str = "") -> None:

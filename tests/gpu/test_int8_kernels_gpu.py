@@ -13,6 +13,7 @@ from torch import nn
 
 from qrecipes.quant import int8_matmul, int8_tune
 from qrecipes.quant import int8_quantize_kernels as kernels
+from qrecipes.quant.device import device_limits
 from qrecipes.quant.int8_matmul import (
     INT32_SAFE_K,
     scaled_int8_mm,
@@ -81,7 +82,7 @@ def assert_exact(arguments: list[torch.Tensor], function=scaled_int8_mm, **how) 
 @pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("tiles", TMA_TILES, ids=str)
 def test_every_tma_tile_is_exact_on_ragged_shapes(tiles, out_dtype):
-    limit = int8_matmul._limits(torch.device("cuda", 0)).shared_bytes
+    limit = device_limits(torch.device("cuda", 0)).shared_bytes
     if tma_shared_bytes(tiles, out_dtype.itemsize) > limit:
         pytest.skip("needs more shared memory a block; the rule does not choose it")
     for shape in SHAPES:

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
+from qrecipes.quant.device import device_limits
 from qrecipes.quant.int8_matmul import (
     INT32_SAFE_K,
     TILES,
-    _device_limits,
     choose_tiles,
     scaled_int8_mm,
     scaled_int8_mm_reference,
@@ -88,7 +88,7 @@ def test_output_types_round_as_the_reference_does(out_dtype):
 
 @pytest.mark.parametrize("tiles", [t for alternatives in TILES for t in alternatives], ids=str)
 def test_every_tile_is_exact(tiles):
-    if tiles.shared_bytes > _device_limits(torch.device("cuda", 0))[0]:
+    if tiles.shared_bytes > device_limits(torch.device("cuda", 0)).shared_bytes:
         pytest.skip("needs a device with more shared memory a block")
     assert_kernel_is_exact(operands(515, 771, 1000), tiles=tiles)
     assert_kernel_is_exact(operands(515, 771, 1024, "columns", "rows"), tiles=tiles)
@@ -187,8 +187,8 @@ def test_int8_is_faster_than_bfloat16():
 
     int8_ms = do_bench(in_int8, warmup=100, rep=300, return_mode="median")
     bfloat16_ms = do_bench(lambda: x @ w.t(), warmup=100, rep=300, return_mode="median")
-    speed_up = bfloat16_ms / int8_ms
+    speed_up, limits = bfloat16_ms / int8_ms, device_limits(a.device)
     assert speed_up > SPEED_UP, (
         f"{speed_up:.2f}: {int8_ms:.3f} ms against {bfloat16_ms:.3f} ms, "
-        f"{choose_tiles(size, size, *_device_limits(a.device))}"
+        f"{choose_tiles(size, size, limits.shared_bytes, limits.num_processors)}"
     )

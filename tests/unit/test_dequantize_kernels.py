@@ -28,11 +28,11 @@ from qrecipes.quant.dequantize_tiles import (
     LEAST_SPLIT,
     MAX_FUSED_TOKENS,
     MAX_SPLITS,
-    DeviceLimits,
     MatrixTiles,
     VectorTiles,
     choose_tiles,
 )
+from qrecipes.quant.device import DeviceLimits
 from qrecipes.quant.formats import AffineFormat, NF4Format, Payload, WeightFormat
 from qrecipes.quant.ranges import minmax_grid
 
@@ -251,7 +251,7 @@ def check_operators_choose_by_tokens_type_and_device():
         launched: list[str] = []
         with ExitStack() as stack:
             stack.enter_context(
-                mock.patch.object(operators, "_device_limits", lambda _, device=device: device)
+                mock.patch.object(operators, "device_limits", lambda _, device=device: device)
             )
             for patch in record_launches(launched):
                 stack.enter_context(patch)

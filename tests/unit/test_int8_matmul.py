@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from interpreter import outcomes_of, run_checks
 from torch._dynamo.testing import CompileCounter
 
+from qrecipes.quant import device as device_module
 from qrecipes.quant import int8_matmul
 from qrecipes.quant.int8_matmul import (
     INT32_SAFE_K,
@@ -266,7 +267,7 @@ def test_integer_output_is_refused():
 
 
 def test_kernel_without_triton_says_what_to_install(monkeypatch):
-    monkeypatch.setattr(int8_matmul, "HAS_TRITON", False)
+    monkeypatch.setattr(device_module, "HAS_TRITON", False)
     with pytest.raises(RuntimeError, match=r"Triton is not installed.*install"):
         scaled_int8_mm_triton(*operands(3, 4, 5))
 

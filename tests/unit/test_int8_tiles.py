@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qrecipes.quant import int8_matmul, int8_tune
+from qrecipes.quant.device import DeviceLimits
 from qrecipes.quant.int8_tiles import (
     TMA_TILES,
     Tiles,
@@ -114,7 +115,7 @@ DEVICE = torch.device("cuda", 0)
 def hopper(monkeypatch, tmp_path):
     """Limits of an H100 and an empty table, without a device."""
     tuned = TunedTiles(tmp_path / "tiles.json")
-    monkeypatch.setattr(int8_matmul, "_limits", lambda device: int8_matmul._Limits(*H100, True))
+    monkeypatch.setattr(int8_matmul, "device_limits", lambda device: DeviceLimits((9, 0), 132, 232_448))
     monkeypatch.setattr(int8_tune, "table", lambda device: tuned)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     int8_matmul._plan.cache_clear()
@@ -141,7 +142,7 @@ def test_plan_prefers_what_was_measured_if_it_fits(hopper):
 
 
 def test_devices_without_tma_never_use_it(monkeypatch):
-    monkeypatch.setattr(int8_matmul, "_limits", lambda device: int8_matmul._Limits(166_912, 108, False))
+    monkeypatch.setattr(int8_matmul, "device_limits", lambda device: DeviceLimits((8, 0), 108, 166_912))
     int8_matmul._plan.cache_clear()
     assert int8_matmul._plan(DEVICE, 8192, 8192, 8192, True, 2).tma_processors == 0
     int8_matmul._plan.cache_clear()

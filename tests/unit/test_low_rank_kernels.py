@@ -17,7 +17,7 @@ from interpreter import outcomes_of, run_checks
 from low_rank_cases import Case, cases, make_case, z_in_float64
 
 from qrecipes.quant import low_rank_rounding as operators
-from qrecipes.quant.dequantize_tiles import DeviceLimits
+from qrecipes.quant.device import DeviceLimits
 from qrecipes.quant.low_rank_reference import (
     low_rank_integers_reference,
     low_rank_weight_grads_reference,
@@ -283,7 +283,7 @@ def check_operators_choose_by_device_and_type():
     ):
         launched: list[str] = []
         add = launched.append
-        patches = [mock.patch.object(operators, "_device_limits", lambda _, limits=limits: limits)]
+        patches = [mock.patch.object(operators, "device_limits", lambda _, limits=limits: limits)]
         for name in ("launch_weight", "launch_grads"):
             launch = getattr(operators.kernels, name)
 
