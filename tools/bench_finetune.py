@@ -1,10 +1,11 @@
-"""Fine-tuning steps of a 7B model through adapters: ours, peft's with bitsandbytes, torchtune's, in one run.
+"""Fine-tuning steps of a 7B model through adapters, ours, peft's with bitsandbytes and torchtune's, and of
+quantization-aware training, in one run.
 
     tools/bench_finetune.py [--shapes 7b] [--cases NAME ...] [--layers N] [--output FILE.json] [--profile]
 
 `7b` is Llama 2 7B's shape, all 32 layers, with 4 x 1024 tokens; `tiny` shows on a CPU that the tool works.
-Weights and tokens are random; adapters have rank 64 and alpha 16 on every linear layer of the blocks. Each
-case is a process of its own. Cases have suffixes: `, checkpointing` recomputes every block, `, pointwise`
+Weights and tokens are random; adapters have rank 64 and alpha 16 on every linear layer of the blocks, LR-QAT's
+corrections rank 32. Each case is a process of its own. Cases have suffixes: `, checkpointing` recomputes every block, `, pointwise`
 only norms and activation functions (parallel.recompute_pointwise). `INT8` cases multiply the frozen base on
 INT8 tensor cores, `bf16 scales` keep 5.5 bits a weight where others keep 6. `--list` prints every case.
 
@@ -25,7 +26,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,7 @@ class Theirs:
     quantized: bool
 
 
+QAT: dict[str, Any] = {"bits": 4, "rank": 32, "alpha": 1.0}
 METHODS: dict[str, Ours | Theirs] = {
     "LoRA bf16": Ours("lora"),
     "QLoRA": Ours("lora", {"base": "nf4"}),
@@ -90,6 +92,11 @@ METHODS: dict[str, Ours | Theirs] = {
     "LoRA INT8": Ours("lora", INT8),
     "QLoRA INT8": Ours("lora", {"base": "nf4"} | INT8),
     "QA-LoRA INT8": Ours("qa_lora", {"bits": 4, "group_size": 32} | INT8),
+    "LR-QAT W4": Ours("lr_qat", QAT),
+    "LR-QAT W4 packed": Ours("lr_qat", QAT | {"storage": "int4"}),
+    "LR-QAT W4A8 integers": Ours("lr_qat", QAT | {"activation_bits": 8, "integer_forward": True}),
+    "full QAT W4": Ours("full_qat", {"bits": 4}),
+    "torchao QAT W4 g128": Ours("torchao_qat"),
     "peft LoRA bf16": Theirs(peft_step, quantized=False),
     "peft QLoRA": Theirs(peft_step, quantized=True),
     "torchtune LoRA bf16": Theirs(torchtune_step, quantized=False),
@@ -199,13 +206,11 @@ def our_step(
     """A step of `qrecipes run train` with this method, and what building it cost."""
     start = time.perf_counter()
     model = random_model(shape, device)
-    config: Any = REGISTRY[method.name].Config(
-        rank=adapters.rank,
-        alpha=adapters.alpha,
-        adapter_dtype=options.adapter_dtype,
-        emulate=device.type != "cuda",
-        **method.settings,
-    )
+    cls: Any = REGISTRY[method.name].Config
+    common: dict[str, Any] = {"rank": adapters.rank, "alpha": adapters.alpha}
+    common |= {"adapter_dtype": options.adapter_dtype, "emulate": device.type != "cuda"}
+    known = {setting.name for setting in fields(cls)}
+    config = cls(**{key: value for key, value in common.items() if key in known} | method.settings)
     chain = Chain.from_configs([config])
     model = chain.swap(model)
     built = build_cost(start, device)
