@@ -4,10 +4,11 @@ quantization-aware training, in one run.
     tools/bench_finetune.py [--shapes 7b] [--cases NAME ...] [--layers N] [--output FILE.json] [--profile]
 
 `7b` is Llama 2 7B's shape, all 32 layers, with 4 x 1024 tokens; `tiny` shows on a CPU that the tool works.
-Weights and tokens are random; adapters have rank 64 and alpha 16 on every linear layer of the blocks, LR-QAT's
-corrections rank 32. Each case is a process of its own. Cases have suffixes: `, checkpointing` recomputes every block, `, pointwise`
-only norms and activation functions (parallel.recompute_pointwise). `INT8` cases multiply the frozen base on
-INT8 tensor cores, `bf16 scales` keep 5.5 bits a weight where others keep 6. `--list` prints every case.
+Weights and tokens are random; adapters have rank 64 and alpha 16 on every linear layer of the blocks, LR-QAT
+rank 32. Each case is a process of its own. Cases have suffixes: `, checkpointing` recomputes every
+block, `, pointwise` only norms and activation functions (parallel.recompute_pointwise). `INT8` cases multiply
+the frozen base on INT8 tensor cores, `bf16 scales` keep 5.5 bits a weight where others keep 6. `--list`
+prints every case.
 
 Our cases are built and stepped by what `qrecipes run train` calls: bfloat16 weights on the device, then the
 transform, layer by layer, then compiled blocks; loss and optimizer as the options say, gradients clipped.
