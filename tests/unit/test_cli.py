@@ -169,7 +169,7 @@ def test_check_reads_a_file_whose_name_has_an_equals_sign(capsys):
 def test_schema_is_printed_or_written(capsys):
     assert main(["schema"]) == 0
     document = json.loads(capsys.readouterr().out)
-    assert document["properties"]["steps"]["minimum"] == 1
+    assert document["properties"]["steps"]["minimum"] == 0
     assert main(["schema", "--output", "new/run.schema.json"]) == 0
     assert json.loads(Path("new/run.schema.json").read_text()) == document
     assert main(["schema", "--output", "new"]) == 2
