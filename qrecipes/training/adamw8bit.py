@@ -1,8 +1,8 @@
-"""AdamW with 8-bit moments in one kernel a parameter."""
+"""AdamW with 8-bit moments in one kernel for all parameters."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,20 +10,23 @@ from torch import Tensor
 from torchao.optim import AdamW8bit
 from torchao.optim.subclass_8bit import OptimState8bit
 
-from qrecipes.quant.device import HAS_TRITON
+from qrecipes.quant.device import HAS_TRITON, on_device_of
 from qrecipes.quant.sharded import local
 from qrecipes.training.optimizer_verbs import loss_of
 
 if HAS_TRITON:
-    from qrecipes.training import adamw8bit_kernels
+    from qrecipes.training import adamw8bit_kernels as kernels
+
+Update = tuple[Tensor, Tensor, Tensor, Tensor]
+"""A parameter, its gradient and its moments; this rank's parts."""
 
 
 class FusedAdamW8bit(AdamW8bit):
     """torchao's AdamW8bit (arXiv 2110.02861), its state too, but for the time of a step on a GPU.
 
     torchao calls a compiled function for every parameter, 1 ms each, which is most of a step that trains the
-    many small parameters of adapters. Here a parameter takes one Triton kernel; on the CPU the step is
-    torchao's. With `bf16_stochastic_round` random numbers come from the device's default generator.
+    many small parameters of adapters. Here all parameters of a type take one Triton kernel; on the CPU the
+    step is torchao's. With `bf16_stochastic_round` random numbers come from the device's default generator.
     """
 
     @torch.no_grad()
@@ -33,66 +36,84 @@ class FusedAdamW8bit(AdamW8bit):
         if not all(_has_kernel(p) for p in trained) or any(g["amsgrad"] for g in self.param_groups):
             return super().step(closure)
         loss = loss_of(closure)
-        seeds: dict[torch.device, Tensor] = {}
-        taken = 0
         for group in self.param_groups:
+            by_step: dict[float, list[Update]] = {}
             for p in group["params"]:
-                if p.grad is None:
-                    continue
-                random = None
-                if self.bf16_stochastic_round and p.dtype is torch.bfloat16:
-                    if p.device not in seeds:
-                        seeds[p.device] = torch.randint(2**62, (), device=p.device)
-                    random = seeds[p.device], taken
-                    taken += local(p).numel()
-                self._update(p, p.grad, group, random)
+                if p.grad is not None:
+                    moments, steps = self._moments(p)
+                    by_step.setdefault(steps, []).append((local(p), local(p.grad), *moments))
+            for steps, updates in by_step.items():
+                numbers = _numbers(group, steps)
+                update_by_kernel(updates, numbers, stochastic_rounding=self.bf16_stochastic_round)
         return loss
 
-    def _update(
-        self, p: Tensor, grad: Tensor, group: dict[str, Any], random: tuple[Tensor, int] | None
-    ) -> None:
+    def _moments(self, p: Tensor) -> tuple[tuple[Tensor, Tensor], float]:
+        """This rank's parts of both moments, zeros at first, and how many steps there will have been."""
         state = self.state[p]
         if not state:
             state["step"] = torch.tensor(0.0)
             state["exp_avg"] = self._new_buffer(p, True)
             state["exp_avg_sq"] = self._new_buffer(p, False)
         state["step"] += 1
-        steps, lr, (beta1, beta2) = float(state["step"]), float(group["lr"]), group["betas"]
-        numbers = (
-            lr,
-            1 - lr * group["weight_decay"],
-            beta1,
-            beta2,
-            group["eps"],
-            1 - beta1**steps,
-            (1 - beta2**steps) ** 0.5,
-        )
-        update_by_kernel(local(p), local(grad), state["exp_avg"], state["exp_avg_sq"], numbers, random)
+        return (local(state["exp_avg"]), local(state["exp_avg_sq"])), float(state["step"])
+
+
+def _numbers(group: dict[str, Any], steps: float) -> tuple[float, ...]:
+    lr, (beta1, beta2) = float(group["lr"]), group["betas"]
+    corrections = 1 - beta1**steps, (1 - beta2**steps) ** 0.5
+    return lr, 1 - lr * group["weight_decay"], beta1, beta2, group["eps"], *corrections
 
 
 def update_by_kernel(
-    p: Tensor,
-    grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
+    updates: Sequence[Update],
     numbers: tuple[float, ...],
-    random: tuple[Tensor, int] | None = None,
+    *,
+    stochastic_rounding: bool = False,
 ) -> None:
-    """One parameter's update in place, see `adamw8bit_kernels.launch`; on the CPU by Triton's interpreter."""
-    if p.numel() == 0:
-        return
-    with torch.cuda.device_of(p):
-        adamw8bit_kernels.launch(
-            p.detach(), grad.contiguous(), _parts(exp_avg), _parts(exp_avg_sq), numbers, random
-        )
+    """Update parameters in place by one kernel for those of a type; on the CPU by Triton's interpreter.
+
+    `numbers` are those of `adamw8bit_kernels.launch`. Parameters that are not bfloat16 are rounded to
+    nearest.
+    """
+    alike: dict[tuple[object, ...], list[Update]] = {}
+    for update in updates:
+        p, grad, first, _ = update
+        if p.numel() > 0:
+            quantized = isinstance(first, OptimState8bit)
+            key = p.device, p.dtype, grad.dtype, quantized, first.dtype, p.numel() % 8 == 0
+            alike.setdefault(key, []).append(update)
+    for part in alike.values():
+        p, _, first, second = part[0]
+        rounds = stochastic_rounding and p.dtype is torch.bfloat16
+        seed = torch.randint(2**62, (), device=p.device) if rounds else None
+        maps = None
+        if isinstance(first, OptimState8bit) and isinstance(second, OptimState8bit):
+            maps = first.qmap, second.qmap
+        with on_device_of(p):
+            kernels.launch(_jobs(part), maps, numbers, seed)
+
+
+def _jobs(updates: Sequence[Update]) -> list[kernels.Job]:
+    jobs, taken = [], 0
+    for p, grad, first, second in updates:
+        moments = kernels.Moments(*_tensors(first), *_tensors(second))
+        jobs.append(kernels.Job(p, _aligned(grad.contiguous()), moments, taken))
+        taken += p.numel()
+    return jobs
+
+
+def _tensors(moment: Tensor) -> tuple[Tensor, Tensor | None]:
+    if isinstance(moment, OptimState8bit):
+        return moment.codes, moment.scale
+    return moment, None
+
+
+def _aligned(t: Tensor) -> Tensor:
+    return t if t.data_ptr() % 16 == 0 else t.clone()
 
 
 def _has_kernel(p: Tensor) -> bool:
-    return HAS_TRITON and p.is_cuda and local(p).is_contiguous()
-
-
-def _parts(moment: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    moment = local(moment)
-    if isinstance(moment, OptimState8bit):
-        return moment.codes, moment.scale, moment.qmap
-    return moment, None, None
+    if not HAS_TRITON:
+        return False
+    part = local(p)
+    return part.is_cuda and part.is_contiguous() and part.data_ptr() % 16 == 0

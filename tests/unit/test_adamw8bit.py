@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import pytest
 import torch
 from interpreter import outcomes_of, run_checks
@@ -35,7 +37,7 @@ def steps_of_both(shape, grad_dtype: torch.dtype, quantized: bool):
         grad = (torch.randn(shape) * 10.0 ** torch.randint(-4, 2, shape)).to(grad_dtype)
         correction = 1 - BETA1**step, (1 - BETA2**step) ** 0.5
         numbers = (LR, 1 - LR * DECAY, BETA1, BETA2, EPS, *correction)
-        update_by_kernel(ours, grad, *our_moments, numbers)
+        update_by_kernel([(ours, grad, *our_moments)], numbers)
         arguments = theirs, grad, torch.tensor(float(step)), *their_moments, None, torch.tensor(LR)
         single_param_adam(*arguments, BETA1, BETA2, DECAY, EPS, True, False)
     return (ours, *our_moments), (theirs, *their_moments)
@@ -59,7 +61,9 @@ def check_codes_are_the_nearest_of_the_map() -> None:
     m, v = moments((8, 256), torch.float32, True)
     grad = torch.randn(8, 256)
     p = torch.zeros(8, 256)
-    update_by_kernel(p, grad, m, v, (0.0, 1.0, 0.0, 0.0, EPS, 1.0, 1.0))  # beta 0: the gradient, its square
+    update_by_kernel(
+        [(p, grad, m, v)], (0.0, 1.0, 0.0, 0.0, EPS, 1.0, 1.0)
+    )  # beta 0: the gradient, its square
     for moment, wanted in ((m, grad), (v, grad * grad)):
         scale = wanted.abs().amax(1)
         torch.testing.assert_close(moment.scale, scale)
@@ -69,28 +73,79 @@ def check_codes_are_the_nearest_of_the_map() -> None:
 
 
 def check_stochastic_rounding_is_right_on_average_and_another_for_each_number() -> None:
-    p = torch.full((16, 256), 1.0, dtype=torch.bfloat16)
-    m, v = moments((16, 256), torch.bfloat16, False)
-    grad = torch.ones(16, 256)
-    seed = torch.tensor(17)
+    numbers = (1e-3, 1.0, 0.0, 0.0, 0.0, 1.0, 1.0)
+    updates = []
+    for _ in range(2):
+        p, grad = torch.ones(16, 256, dtype=torch.bfloat16), torch.ones(16, 256)
+        updates.append((p, grad, *moments((16, 256), torch.bfloat16, False)))
+    update_by_kernel(updates, numbers, stochastic_rounding=True)
+    (first, *_), (second, *_) = updates
     # 1 - 0.001 lies a quarter of the way from 1 to the next bfloat16 below, 1 - 2^-8
-    update_by_kernel(p, grad, m, v, (1e-3, 1.0, 0.0, 0.0, 0.0, 1.0, 1.0), (seed, 0))
-    assert set(p.float().unique().tolist()) == {1.0, 1 - 2**-8}
-    share = (p.float() < 1).float().mean().item()
+    assert set(first.float().unique().tolist()) == {1.0, 1 - 2**-8}
+    share = (first.float() < 1).float().mean().item()
     assert abs(share - 1e-3 * 2**8) < 5 * (0.19 / 4096) ** 0.5  # 5 standard deviations
-    again = torch.full((16, 256), 1.0, dtype=torch.bfloat16)
-    m, v = moments((16, 256), torch.bfloat16, False)
-    update_by_kernel(again, grad, m, v, (1e-3, 1.0, 0.0, 0.0, 0.0, 1.0, 1.0), (seed, 4096))
-    assert not torch.equal(p, again)
+    assert not torch.equal(first, second)
+
+
+def check_many_parameters_at_once_are_each_alone() -> None:
+    shapes = ((3, 100), (16, 512), (1,), (4100,), (5, 256), (0, 7), (8, 1024))
+    results = []
+    for together in (True, False):
+        torch.manual_seed(1)
+        updates = []
+        for shape in shapes:
+            quantized = len(shape) == 2 and shape[0] * shape[1] % 256 == 0 and shape[0] > 0
+            grad_type = torch.bfloat16 if shape[0] == 5 else torch.float32
+            p, grad = torch.randn(shape), torch.randn(shape).to(grad_type)
+            updates.append((p, grad, *moments(shape, torch.float32, quantized)))
+        numbers = (LR, 1 - LR * DECAY, BETA1, BETA2, EPS, 0.1, 0.2)
+        for part in [updates] if together else [[update] for update in updates]:
+            update_by_kernel(part, numbers)
+        results.append([plain(t) for p, _, m, v in updates for t in (p, m, v)])
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
 
 
 def check_nan_is_not_hidden() -> None:
     p, grad = torch.zeros(2, 256), torch.ones(2, 256)
     grad[1, 7] = float("nan")
     m, v = moments((2, 256), torch.float32, True)
-    update_by_kernel(p, grad, m, v, (1e-3, 1.0, BETA1, BETA2, EPS, 0.1, 0.2))
+    update_by_kernel([(p, grad, m, v)], (1e-3, 1.0, BETA1, BETA2, EPS, 0.1, 0.2))
     assert p[1].isnan().any()
     assert p[0].isfinite().all()
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="needs the triton package, for its compiler")
+@pytest.mark.parametrize("quantized", [True, False])
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("p_type", ["fp32", "bf16"])
+def test_kernel_compiles_and_reads_several_values_at_a_time(p_type, capability, quantized):
+    import triton.language as tl
+    from triton import compile
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from qrecipes.training.adamw8bit_kernels import BLOCK, ROWS, _adamw8bit_kernel
+
+    kind = {"fp32": tl.float32, "bf16": tl.bfloat16}[p_type]
+    constants = {"P_TYPE": kind, "GRAD_TYPE": kind, "MOMENT_TYPE": kind}
+    constants |= {"UNIT": 8, "SIZE": BLOCK, "ROWS": ROWS}
+    if not quantized:
+        constants |= {"m_map_ptr": None, "v_map_ptr": None}
+    if p_type == "fp32":
+        constants["seed_ptr"] = None
+    types = {"table_ptr": "*i64", "owners_ptr": "*i32", "firsts_ptr": "*i32", "seed_ptr": "*i64"}
+    types |= {"m_map_ptr": "*fp32", "v_map_ptr": "*fp32"}
+    names = [parameter.name for parameter in _adamw8bit_kernel.params]
+    signature = {name: "constexpr" if name in constants else types.get(name, "fp32") for name in names}
+    source = ASTSource(
+        _adamw8bit_kernel,
+        signature,
+        {(names.index(name),): value for name, value in constants.items()},
+        {(names.index(name),): [["tt.divisibility", 16]] for name in types if name not in constants},
+    )
+    kernel = compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 4})
+    assert "ld.global.v4" in kernel.asm["ptx"] or "ld.global.v2" in kernel.asm["ptx"]
 
 
 CHECKS = {name: check for name, check in globals().items() if name.startswith("check_")}
