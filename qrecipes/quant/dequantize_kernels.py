@@ -14,7 +14,6 @@ Weights get the bits of the reference: every product and sum is rounded by itsel
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -25,7 +24,7 @@ from torch import Tensor
 from qrecipes.quant.dequantize_tiles import UNIT, MatrixTiles, VectorTiles
 from qrecipes.quant.formats import NF4Format, Payload, WeightFormat
 from qrecipes.quant.nf4 import NF4_LEVELS
-from qrecipes.quant.triton_launch import Launcher
+from qrecipes.quant.triton_launch import Launchers
 
 UNITS_PER_THREAD = 8
 """Units that a thread of the dequantization reads before it stores the first."""
@@ -82,7 +81,7 @@ def launch_dequantize(weight: StoredWeight, out_NK: Tensor) -> None:
     units = -(-K // UNIT)
     per_thread = min(UNITS_PER_THREAD, triton.next_power_of_2(-(-units // 32)))
     constants = {**weight.constants, "UNITS": 32, "REPEATS": per_thread}
-    _launcher("_dequantize_kernel", tuple(constants.items()), 1)(
+    _dequantize_launchers(constants, num_warps=1, enable_fp_fusion=False)(
         N * -(-units // (32 * per_thread)), *weight.tensors, out_NK, K, weight.row_stride, weight.num_groups
     )
 
@@ -100,7 +99,7 @@ def launch_vector(
         "REPEATS": tiles.repeats,
         "RAGGED": K % UNIT != 0,
     }
-    _launcher("_vector_kernel", tuple(constants.items()), tiles.num_warps)(
+    _vector_launchers(constants, num_warps=tiles.num_warps, enable_fp_fusion=False)(
         (-(-N // tiles.block_n), splits),
         x_K,
         *weight.tensors,
@@ -130,7 +129,9 @@ def launch_matrix(
         "UNITS": tiles.block_k // UNIT,
         "RAGGED": K % UNIT != 0,
     }
-    _launcher("_matrix_kernel", tuple(constants.items()), tiles.num_warps, tiles.num_stages)(
+    _matrix_launchers(
+        constants, num_warps=tiles.num_warps, num_stages=tiles.num_stages, enable_fp_fusion=False
+    )(
         (-(-N // tiles.block_n), splits),
         x_TK,
         *weight.tensors,
@@ -168,17 +169,8 @@ def _per_split(K: int, block_k: int, splits: int) -> int:
 
 def _launch_sum(parts: Tensor, bias_N: Tensor | None, out: Tensor, N: int) -> None:
     size, constants = out.numel(), {"SPLITS": parts.shape[0], "BLOCK": SUM_BLOCK}
-    _launcher("_sum_kernel", tuple(constants.items()), 4)(-(-size // SUM_BLOCK), parts, bias_N, out, size, N)
-
-
-@cache
-def _launcher(
-    kernel: str, constants: tuple[tuple[str, Any], ...], num_warps: int, num_stages: int = 3
-) -> Launcher:
-    """By the kernel's name: hashing the function itself takes longer than finding it."""
-    return Launcher(
-        globals()[kernel], dict(constants), num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=False
-    )
+    launcher = _sum_launchers(constants, num_warps=4, enable_fp_fusion=False)
+    launcher(-(-size // SUM_BLOCK), parts, bias_N, out, size, N)
 
 
 @triton.jit
@@ -484,3 +476,9 @@ def _sum_kernel(parts_ptr, bias_ptr, out_ptr, SIZE, N, SPLITS: tl.constexpr, BLO
     if bias_ptr is not None:
         total += tl.load(bias_ptr + at % N, mask=at < SIZE, other=0.0).to(tl.float32)
     tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=at < SIZE)
+
+
+_dequantize_launchers = Launchers(_dequantize_kernel)
+_vector_launchers = Launchers(_vector_kernel)
+_matrix_launchers = Launchers(_matrix_kernel)
+_sum_launchers = Launchers(_sum_kernel)

@@ -23,6 +23,7 @@ from torch import Tensor
 from triton import knobs
 
 from qrecipes.quant.low_rank_storage import LowRankRounding
+from qrecipes.quant.triton_launch import Launchers
 
 BLOCK_N, MOST_BLOCK_K, NUM_WARPS = 64, 128, 8
 LEAST_BLOCK, RANK_BYTES = 16, 128
@@ -91,7 +92,9 @@ def launch_weight(
 ) -> None:
     """Fill the contiguous `out` with weights, or with integers where there are no scales."""
     tiles, N = tiles_of(rounding), weight.phi.shape[0]
-    _weight_kernel[(triton.cdiv(N, BLOCK_N) * tiles.per_row,)](
+    constants = {"TRANSPOSED": transposed, **_constants(rounding, weight.a, tiles)}
+    _weight_launchers(constants, num_warps=NUM_WARPS, enable_fp_fusion=False)(
+        triton.cdiv(N, BLOCK_N) * tiles.per_row,
         *weight,
         out,
         N,
@@ -99,10 +102,6 @@ def launch_weight(
         _rank(weight.a),
         weight.phi.shape[1],
         rounding.scaling,
-        TRANSPOSED=transposed,
-        **_constants(rounding, weight.a, tiles),
-        num_warps=NUM_WARPS,
-        enable_fp_fusion=False,
     )
 
 
@@ -123,7 +122,10 @@ def launch_grads(grad_NK: Tensor, weight: Operands, rounding: LowRankRounding, s
         None if weight.zero is None else empty(N, tiles.per_row),
     )
     rank_blocks = max(constants["RANK_BLOCKS"], 1)
-    _grads_kernel[(tiles.per_row, splits, rank_blocks)](
+    stages = num_stages(grad_NK, weight, constants, shared_bytes)
+    launcher = _grads_launchers(constants, num_warps=NUM_WARPS, num_stages=stages, enable_fp_fusion=False)
+    launcher(
+        (tiles.per_row, splits, rank_blocks),
         grad_NK,
         *weight,
         *parts,
@@ -133,10 +135,6 @@ def launch_grads(grad_NK: Tensor, weight: Operands, rounding: LowRankRounding, s
         weight.phi.shape[1],
         rounding.scaling,
         per_split,
-        **constants,
-        num_warps=NUM_WARPS,
-        num_stages=num_stages(grad_NK, weight, constants, shared_bytes),
-        enable_fp_fusion=False,
     )
     return parts
 
@@ -500,3 +498,7 @@ def _grads_kernel(  # type: ignore[no-untyped-def]
     if RANK_BLOCKS > 0:
         b_ptrs = parts_b_ptr + (split.to(tl.int64) * K + cols[:, None]) * R + ranks[None, :]
         tl.store(b_ptrs, sum_b, mask=(cols < end)[:, None] & (ranks < R)[None, :])
+
+
+_weight_launchers = Launchers(_weight_kernel)
+_grads_launchers = Launchers(_grads_kernel)

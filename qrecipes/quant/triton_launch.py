@@ -36,14 +36,14 @@ class Launcher:
         self._compiled: dict[tuple[object, ...], CompiledKernel] = {}
         self._binds = not (_FAST and isinstance(kernel, JITFunction))  # or the interpreter's
 
-    def __call__(self, grid: int | tuple[int, int], *arguments: Any) -> None:
+    def __call__(self, grid: int | tuple[int, ...], *arguments: Any) -> None:
         """Launch on the current device and stream: tensors, tensor descriptors, numbers or None.
 
         A descriptor's blocks are those that the constants say, of the type that the kernel is for.
         """
-        width, height = grid if isinstance(grid, tuple) else (grid, 1)
+        programs = (grid, 1, 1) if isinstance(grid, int) else (*grid, 1, 1)[:3]
         if self._binds or knobs.runtime.launch_enter_hook.calls:
-            self.kernel[(width, height)](*arguments, **self.named)
+            self.kernel[programs](*arguments, **self.named)
             return
         driver = triton.runtime.driver.active
         device = driver.get_current_device()
@@ -52,12 +52,10 @@ class Launcher:
         if compiled is None:
             if len(self._compiled) >= KEPT:
                 self._compiled.clear()
-            self._compiled[key] = self.kernel[(width, height)](*arguments, **self.named)
+            self._compiled[key] = self.kernel[programs](*arguments, **self.named)
             return
         compiled.run(
-            width,
-            height,
-            1,
+            *programs,
             driver.get_current_stream(device),
             compiled.function,
             compiled.packed_metadata,
@@ -67,6 +65,22 @@ class Launcher:
             *arguments,
             *self.constants,
         )
+
+
+class Launchers:
+    """The launchers of one Triton function, by their constants and options."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+        self._made: dict[tuple[Any, ...], Launcher] = {}
+
+    def __call__(self, constants: dict[str, Any], **options: Any) -> Launcher:
+        """The launcher for them; the order of the names must not differ between calls."""
+        key = (*constants.values(), *options.values())
+        launcher = self._made.get(key)
+        if launcher is None:
+            launcher = self._made[key] = Launcher(self.kernel, constants, **options)
+        return launcher
 
 
 def _trait(argument: Any) -> object:

@@ -11,7 +11,7 @@ import torch
 triton = pytest.importorskip("triton", reason="launches Triton's kernels")
 
 from qrecipes.quant import triton_launch  # noqa: E402
-from qrecipes.quant.triton_launch import Launcher  # noqa: E402
+from qrecipes.quant.triton_launch import Launcher, Launchers  # noqa: E402
 
 
 class Recorder:
@@ -48,7 +48,7 @@ def test_equal_arguments_are_bound_once_and_then_run_with_the_constants_last(rec
     for t in tensors:
         launch(3, t, None, 7, float(t[0]))  # floats may differ
     assert len(recorder.bound) == 1
-    assert recorder.bound[0][0] == (3, 1)
+    assert recorder.bound[0][0] == (3, 1, 1)
     assert recorder.bound[0][2] == {"BLOCK": 16, "WHOLE": True, "num_warps": 2}
     ((*grid, stream, function, metadata, _, enter, leave, t, none, seven, one, block, whole),) = (
         recorder.run_with
@@ -82,9 +82,21 @@ def test_constants_come_in_the_order_of_the_signature_and_grids_may_have_two_dim
     launch = Launcher(recorder, {"SECOND": 2, "FIRST": 1})
     launch((4, 5), 7)
     launch((4, 5), 7)
-    assert recorder.bound[0][0] == (4, 5)
+    assert recorder.bound[0][0] == (4, 5, 1)
     assert recorder.run_with[0][:3] == (4, 5, 1)
     assert recorder.run_with[0][-3:] == (7, 1, 2)
+
+
+def test_launchers_are_made_once_for_each_set_of_constants_and_options(recorder):
+    launchers = Launchers(recorder)
+    first = launchers({"BLOCK": 1, "KIND": "a"}, num_warps=1)
+    assert launchers({"BLOCK": 1, "KIND": "a"}, num_warps=1) is first
+    for other in (
+        launchers({"BLOCK": 2, "KIND": "a"}, num_warps=1),
+        launchers({"BLOCK": 1, "KIND": "a"}, num_warps=2),
+    ):
+        assert other is not first
+    assert first.named == {"BLOCK": 1, "KIND": "a", "num_warps": 1}
 
 
 def test_hooks_that_wait_for_launches_are_not_passed_over(recorder, monkeypatch):
