@@ -16,7 +16,6 @@ makes them, once for layers that share an input.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ from torch import Tensor, nn
 from qrecipes.quant.formats import Payload
 from qrecipes.quant.int8_quantize import quantize_rows
 from qrecipes.quant.linear import QuantLinear
+from qrecipes.quant.primitives import as_matrix, bias_gradient
 
 _PLAIN = ""
 """What stands for a format where the weight is one plain tensor [N, K]."""
@@ -59,7 +59,7 @@ class _FrozenInt8Linear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, bias_N: Tensor | None, key: str, *payload: Tensor) -> Tensor:
         ctx.save_for_backward(*payload)
         ctx.key, ctx.shape = key, x.shape
-        q_TK, scale_T1 = quantize_rows(_matrix(x))
+        q_TK, scale_T1 = quantize_rows(as_matrix(x))
         y_TN = torch.ops.qrecipes.frozen_int8_mm.default(q_TK, scale_T1, list(payload), key, x.dtype, bias_N)
         return y_TN.reshape(*x.shape[:-1], y_TN.shape[-1])
 
@@ -72,7 +72,7 @@ class _FrozenInt8Linear(torch.autograd.Function):
             )
         payload = ctx.saved_tensors
         needs_x, needs_bias, *rest = ctx.needs_input_grad
-        dy_TN = _matrix(grad_y)
+        dy_TN = as_matrix(grad_y)
         grad_x = grad_bias_N = None
         if needs_x:
             q_TN, scale_T1 = quantize_rows(dy_TN)
@@ -81,13 +81,8 @@ class _FrozenInt8Linear(torch.autograd.Function):
             )
             grad_x = grad_x_TK.reshape(ctx.shape)
         if needs_bias:
-            grad_bias_N = dy_TN.sum(0, dtype=torch.float32).to(dy_TN.dtype)
+            grad_bias_N = bias_gradient(dy_TN)
         return grad_x, grad_bias_N, *[None] * len(rest)
-
-
-def _matrix(x: Tensor) -> Tensor:
-    """Leading dimensions flattened, by number: -1 would be ambiguous for an empty tensor."""
-    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 def _weight(payload: Payload | list[Tensor], key: str, in_features: int, dtype: torch.dtype) -> Tensor:

@@ -6,7 +6,6 @@ T tokens, K input features, N output features.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -26,6 +25,7 @@ from qrecipes.quant.dequantize import (
 )
 from qrecipes.quant.formats import AffineFormat, NF4Format, Payload, WeightFormat
 from qrecipes.quant.packing import unpack
+from qrecipes.quant.primitives import as_matrix, bias_gradient
 from qrecipes.quant.ranges import minmax_grid
 
 
@@ -284,7 +284,7 @@ class _QuantLinear(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(*payload)
         ctx.format, ctx.shape = format, x.shape
-        y_TN = dequantize_mm(_matrix(x), payload, format, bias_N)
+        y_TN = dequantize_mm(as_matrix(x), payload, format, bias_N)
         return y_TN.reshape(*x.shape[:-1], y_TN.shape[-1])
 
     @staticmethod
@@ -296,23 +296,14 @@ class _QuantLinear(torch.autograd.Function):
             )
         payload = ctx.saved_tensors
         needs_x, needs_bias, *rest = ctx.needs_input_grad
-        dy_TN = _matrix(grad_y)
+        dy_TN = as_matrix(grad_y)
         grad_x = grad_bias_N = None
         if needs_x:
             grad_x_TK = dequantize_mm_grad_input(dy_TN, payload, ctx.format, ctx.shape[-1])
             grad_x = grad_x_TK.reshape(ctx.shape)
         if needs_bias:
-            grad_bias_N = dy_TN.sum(0, dtype=_at_least_float32(dy_TN.dtype)).to(dy_TN.dtype)
+            grad_bias_N = bias_gradient(dy_TN)
         return grad_x, grad_bias_N, *[None] * len(rest)
-
-
-def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
-
-
-def _matrix(x: Tensor) -> Tensor:
-    """Leading dimensions flattened, by number: -1 would be ambiguous for an empty tensor."""
-    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 def moving_only(tensors: Iterable[Tensor], fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qrecipes.quant.linear import _at_least_float32, _matrix
 from qrecipes.quant.low_rank_rounding import (
     LowRankRounding,
     check_parts,
@@ -18,6 +17,7 @@ from qrecipes.quant.low_rank_rounding import (
     low_rank_mm,
     low_rank_mm_grad_input,
 )
+from qrecipes.quant.primitives import as_matrix, bias_gradient
 
 
 def low_rank_linear(
@@ -63,7 +63,7 @@ class LowRankRoundedLinear(torch.autograd.Function):
         """The product."""
         ctx.save_for_backward(x, phi, a_NR, b_RK, scale_NG, zero_NG)
         ctx.rounding = rounding
-        y_TN = low_rank_mm(_matrix(x), phi, a_NR, b_RK, scale_NG, zero_NG, bias_N, rounding)
+        y_TN = low_rank_mm(as_matrix(x), phi, a_NR, b_RK, scale_NG, zero_NG, bias_N, rounding)
         return y_TN.reshape(*x.shape[:-1], y_TN.shape[-1])
 
     @staticmethod
@@ -77,16 +77,16 @@ class LowRankRoundedLinear(torch.autograd.Function):
         x, phi, a_NR, b_RK, scale_NG, zero_NG = ctx.saved_tensors
         parts = phi, a_NR, b_RK, scale_NG, zero_NG, ctx.rounding
         needs_x, _, needs_a, needs_b, needs_scale, needs_zero, needs_bias, _ = ctx.needs_input_grad
-        dy_TN = _matrix(grad_y)
+        dy_TN = as_matrix(grad_y)
         grad_x = d_a = d_b = d_scale = d_zero = grad_bias_N = None
         if needs_x:
             grad_x = low_rank_mm_grad_input(dy_TN, *parts).reshape(x.shape)
         if needs_a or needs_b or needs_scale or needs_zero:
-            grads = low_rank_linear_grads(dy_TN, _matrix(x), *parts)
+            grads = low_rank_linear_grads(dy_TN, as_matrix(x), *parts)
             d_a, d_b, d_scale, d_zero = (
                 None if grad is None else grad.to(part.dtype)
                 for grad, part in zip(grads, (a_NR, b_RK, scale_NG, zero_NG), strict=True)
             )
         if needs_bias:
-            grad_bias_N = dy_TN.sum(0, dtype=_at_least_float32(dy_TN.dtype)).to(dy_TN.dtype)
+            grad_bias_N = bias_gradient(dy_TN)
         return grad_x, None, d_a, d_b, d_scale, d_zero, grad_bias_N, None

@@ -75,6 +75,16 @@ def sqnr_db(reference: Tensor, approximation: Tensor) -> float:
     return 10 * math.log10(signal_energy / noise_energy)
 
 
+def as_matrix(x: Tensor) -> Tensor:
+    """Leading dimensions flattened, by number: -1 would be ambiguous for an empty tensor."""
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
+def bias_gradient(dy_TN: Tensor) -> Tensor:
+    """The gradient of a linear layer's bias, [N], summed over tokens in float32 or wider."""
+    return dy_TN.sum(0, dtype=torch.promote_types(dy_TN.dtype, torch.float32)).to(dy_TN.dtype)
+
+
 def _absmax(x: Tensor, dim: int) -> Tensor:
     if x.shape[dim] == 0:  # amax has no value for it
         shape = list(x.shape)

@@ -31,7 +31,7 @@ from qrecipes.errors import ConfigError
 from qrecipes.quant.int8_gathered import gathered_as_int8, int8_rows
 from qrecipes.quant.int8_matmul import scaled_int8_mm
 from qrecipes.quant.int8_quantize import quantize_columns, quantize_rows
-from qrecipes.quant.primitives import dequantize_int8
+from qrecipes.quant.primitives import as_matrix, bias_gradient, dequantize_int8
 from qrecipes.transforms.base import Bounds, LinearTransform, TransformConfig, register
 from qrecipes.transforms.int8_devices import check_int8_device
 
@@ -235,7 +235,7 @@ class _Int8Linear(torch.autograd.Function):
         scale_N1: Tensor | None,
     ) -> Tensor:
         ctx.config, ctx.shape, ctx.keeps_int8 = config, x.shape, keeps_int8
-        x_TK, rounding = _matrix(x), config.stochastic_rounding
+        x_TK, rounding = as_matrix(x), config.stochastic_rounding
         by_rows, by_columns = _quantize(x_TK, config.output, keeps_int8, rounding)
         gathered = None if q_NK is None or scale_N1 is None else (q_NK, scale_N1)
         held = gathered or (weight_NK,)
@@ -258,7 +258,7 @@ class _Int8Linear(torch.autograd.Function):
         saved = ctx.saved_tensors  # once: under activation checkpointing a second read is an error
         held, kept = saved[: ctx.num_held], saved[ctx.num_held :]
         needs_x, needs_weight, needs_bias, *_ = ctx.needs_input_grad
-        dy_TN = _matrix(grad_y)
+        dy_TN = as_matrix(grad_y)
         grad_x = grad_weight_NK = grad_bias_N = None
         by_rows, by_columns = _quantize(
             dy_TN, needs_x and config.grad_input, needs_weight and config.grad_weight, rounding
@@ -274,12 +274,12 @@ class _Int8Linear(torch.autograd.Function):
         if needs_weight:
             if by_columns is not None:
                 if not ctx.keeps_int8:
-                    kept = quantize_columns(_matrix(kept[0]), stochastic_rounding=rounding)
+                    kept = quantize_columns(as_matrix(kept[0]), stochastic_rounding=rounding)
                 grad_weight_NK = _product(by_columns, tuple(kept), dy_TN.dtype)
             else:
-                grad_weight_NK = dy_TN.t() @ _matrix(kept[0])
+                grad_weight_NK = dy_TN.t() @ as_matrix(kept[0])
         if needs_bias:
-            grad_bias_N = dy_TN.sum(0, dtype=torch.float32).to(dy_TN.dtype)
+            grad_bias_N = bias_gradient(dy_TN)
         return grad_x, grad_weight_NK, grad_bias_N, None, None, None, None
 
 
@@ -311,11 +311,6 @@ def _product(a: Quantized, b: Quantized, dtype: torch.dtype, bias_N: Tensor | No
     """A B^T of two quantized matrices with a scale a row each, [M, K] and [N, K], plus the bias."""
     (a_MK, scale_M1), (b_NK, scale_N1) = a, b
     return scaled_int8_mm(a_MK, b_NK.t(), scale_M1, scale_N1.t(), bias_N=bias_N, out_dtype=dtype)
-
-
-def _matrix(x: Tensor) -> Tensor:
-    """Leading dimensions flattened, by number: -1 would be ambiguous for an empty tensor."""
-    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 def _with_parameters_of(cls: type[AnyLinear], linear: nn.Linear) -> AnyLinear:

@@ -17,7 +17,6 @@ How they are written is the optimizer's business: qrecipes.training.stored_weigh
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, TypeVar
 
@@ -28,6 +27,7 @@ from torch import Tensor, nn
 from qrecipes.errors import ConfigError
 from qrecipes.quant.int8_matmul import scaled_int8_mm
 from qrecipes.quant.int8_quantize import quantize_rows
+from qrecipes.quant.primitives import as_matrix, bias_gradient
 from qrecipes.quant.stored_int8 import DTYPES, StoredInt8, dequantize_groups, plain_parts
 from qrecipes.transforms.base import Bounds, LinearTransform, TransformConfig, register
 from qrecipes.transforms.int8_devices import check_int8_device
@@ -238,7 +238,7 @@ class _StoredLinear(torch.autograd.Function):
         ctx.save_for_backward(x, q_NK, scale_NG)
         if not int8_forward:
             return nn.functional.linear(x, dequantize_groups(q_NK, scale_NG, x.dtype), bias_N)
-        x_q, x_scale = quantize_rows(_matrix(x))
+        x_q, x_scale = quantize_rows(as_matrix(x))
         y_TN = scaled_int8_mm(x_q, q_NK.t(), x_scale, scale_NG.t(), bias_N=bias_N, out_dtype=x.dtype)
         return y_TN.reshape(*x.shape[:-1], q_NK.shape[0])
 
@@ -251,20 +251,15 @@ class _StoredLinear(torch.autograd.Function):
             )
         x, q_NK, scale_NG = ctx.saved_tensors
         needs_x, needs_weight, _, _, needs_bias, _ = ctx.needs_input_grad
-        dy_TN = _matrix(grad_y)
+        dy_TN = as_matrix(grad_y)
         grad_x = grad_weight_NK = grad_bias_N = None
         if needs_x:
             grad_x = (dy_TN @ dequantize_groups(q_NK, scale_NG, dy_TN.dtype)).reshape(x.shape)
         if needs_weight:
-            grad_weight_NK = dy_TN.t() @ _matrix(x)
+            grad_weight_NK = dy_TN.t() @ as_matrix(x)
         if needs_bias:
-            grad_bias_N = dy_TN.sum(0, dtype=torch.float32).to(dy_TN.dtype)
+            grad_bias_N = bias_gradient(dy_TN)
         return grad_x, grad_weight_NK, None, None, grad_bias_N, None
-
-
-def _matrix(x: Tensor) -> Tensor:
-    """Leading dimensions flattened, by number: -1 would be ambiguous for an empty tensor."""
-    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 def _empty(cls: type[AnyLinear], linear: nn.Linear) -> AnyLinear:
