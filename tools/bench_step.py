@@ -84,7 +84,7 @@ def ours(name: str, **settings: Any) -> Change:
     def change(model: nn.Module) -> nn.Module:
         config: Any = REGISTRY[name].Config(**settings)
         if ModelView.of(model).width < 1024 and hasattr(config, "min_size"):  # the tiny shape
-            config = replace(config, min_size=0, emulate=True)
+            config = replace(config, min_size=0, min_size_grad_weight=0, emulate=True)
         return Chain.from_configs([config]).swap(model)
 
     return change
@@ -118,7 +118,8 @@ def torchao_int8(**settings: Any) -> Change:
 
 
 def ladder() -> dict[str, Case]:
-    """Which products are in INT8, with and without stochastic rounding."""
+    """Which products are in INT8, of all layers alike, with and without stochastic rounding."""
+    every = {"min_size_grad_weight": 0}
     steps = {
         "output": {"grad_input": False, "grad_weight": False},
         "output, grad_input": {"grad_weight": False},
@@ -126,9 +127,9 @@ def ladder() -> dict[str, Case]:
     }
     found = {}
     for title, off in steps.items():
-        found[f"INT8 {title}"] = Case(ours("int8_mixed_precision", **off))
+        found[f"INT8 {title}"] = Case(ours("int8_mixed_precision", **every, **off))
         found[f"INT8 {title}, stochastic"] = Case(
-            ours("int8_mixed_precision", stochastic_rounding=True, **off)
+            ours("int8_mixed_precision", stochastic_rounding=True, **every, **off)
         )
     return found
 
@@ -136,8 +137,15 @@ def ladder() -> dict[str, Case]:
 CASES: dict[str, Case] = {
     "bf16": Case(),
     **ladder(),
-    "INT8 all three, INT8 inputs kept": Case(ours("int8_mixed_precision", save_int8_input=True)),
-    "INT8 all three, min_size 1100": Case(ours("int8_mixed_precision", min_size=1100)),
+    "INT8 all three, INT8 inputs kept": Case(
+        ours("int8_mixed_precision", min_size_grad_weight=0, save_int8_input=True)
+    ),
+    "INT8": Case(ours("int8_mixed_precision")),
+    **{
+        f"INT8, grad_weight from {size}": Case(ours("int8_mixed_precision", min_size_grad_weight=size))
+        for size in (900, 1300, 1800, 2500)
+    },
+    "INT8, from 1100": Case(ours("int8_mixed_precision", min_size=1100)),
     "INT8 weights": Case(ours("int8_weights")),
     "INT8 weights, INT8 forward": Case(ours("int8_weights", int8_forward=True)),
     "bf16, 8-bit AdamW": Case(optim={"name": "adamw8bit"}),

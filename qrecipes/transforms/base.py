@@ -208,6 +208,11 @@ class Transform(abc.ABC, Generic[C]):
         """Why the layer called `fqn` is left alone, or None where it is to be changed."""
         return self.config.reason_to_skip(fqn)
 
+    def reason_in_part(self, fqn: str, module: nn.Module) -> str | None:
+        """What the method leaves as it was in a layer that it changes, called `fqn`, and why; None where that
+        is the same for all its layers."""
+        return None
+
     @abc.abstractmethod
     def sites(self, model: nn.Module) -> dict[str, nn.Module]:
         """Modules of the unchanged model that `swap` will replace, by fully qualified name."""
@@ -223,6 +228,10 @@ class Transform(abc.ABC, Generic[C]):
     @abc.abstractmethod
     def bounds(self) -> Bounds:
         """What the probe holds each of this method's layers to."""
+
+    def layer_bounds(self, layer: nn.Module) -> Bounds:
+        """What it holds one of them to, where they differ."""
+        return self.bounds()
 
     def measure(self, model: nn.Module, run: Callable[[], Any]) -> dict[str, float]:
         """SQNR in dB of what the method changes at each of its sites in a swapped model, while `run()`

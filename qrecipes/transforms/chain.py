@@ -132,12 +132,10 @@ class Chain:
     ) -> tuple[nn.Module, list[str]]:
         """The model with a transform's layers, each compared with the one before it; and what is wrong."""
         recordings = probe.record(model, dict(sites), loss) if loss is not None else {}
+        partly = {fqn: transform.reason_in_part(fqn, site) for fqn, site in sites.items()}
         model = transform.swap(model)
         swapped = transform.layers(model)
         owned = {id(p) for group in transform.param_groups(model) for p in group.params}
-        bounds = transform.bounds()
-        # a layer that was low-bit before keeps its integers, and so may keep its products
-        low_bit = replace(bounds, may_equal=True)
         faults = []
         for fqn, site in sites.items():
             layer, row = swapped.get(fqn), rows.get(fqn)
@@ -146,8 +144,11 @@ class Chain:
                 continue
             if row is not None:
                 row.method, row.bytes_after = transform.name, parameter_bytes(layer)
+                row.partly = partly[fqn]
             if fqn in recordings:
-                allowed = low_bit if isinstance(site, QuantLinear) else bounds
+                allowed = transform.layer_bounds(layer)
+                if isinstance(site, QuantLinear):  # it keeps its integers, and so may keep its products
+                    allowed = replace(allowed, may_equal=True)
                 sqnr, found = probe.compare(
                     fqn, transform.name, layer, allowed, recordings[fqn], owned, device
                 )

@@ -12,6 +12,10 @@ slice along the contraction:
 SwitchBack (arXiv 2304.13013) keeps grad_weight in high precision, Jetfire (arXiv 2403.12422) does not; here
 each product has a switch.
 
+Quantization costs a pass over the operands, whatever a product saves by it: small layers keep all their
+products in high precision (`min_size`), larger ones only grad_weight (`min_size_grad_weight`), both of whose
+operands are to be quantized along the tokens and transposed for nothing else.
+
 Under `torch.compile` layers that read one input share its INT8 forms, as the compiler merges equal operators
 (with stochastic rounding each draws its own). Rows are quantized in the kernel that makes them, and its
 partitioner keeps the INT8 of an input for the backward pass where that saves memory.
@@ -20,7 +24,7 @@ partitioner keeps the INT8 of an input for the backward pass where that saves me
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, TypeAlias, TypeVar
 
 import torch
@@ -82,6 +86,9 @@ class Int8MixedPrecisionConfig(TransformConfig):
     their products save, quantization costs. On an H100 a layer by itself gains from about 1,650 on at 8,192
     tokens, and from 1,400 on at 16,384 (tools/bench_layers.py). Compiled, with rows quantized in passing and
     inputs shared, it gains earlier: the default is an estimate for that. 0 takes every layer."""
+    min_size_grad_weight: Annotated[float, Ge(0)] = 1300.0
+    """Layers of a smaller size, by the same measure, compute grad_weight in high precision, whose operands
+    would both be quantized along the tokens for it alone; the receipt says which. 0 takes every layer."""
     emulate: bool = False
     """Where there are no INT8 tensor cores (CPU, GPUs before Ampere) compute the same numbers in plain
     PyTorch, slowly, rather than refuse. It changes nothing where there are."""
@@ -175,11 +182,29 @@ class Int8MixedPrecision(LinearTransform[Int8MixedPrecisionConfig]):
         """A name that is not selected, or a size that INT8 would slow down."""
         if (reason := super().reason_to_leave(fqn, module)) or not isinstance(module, nn.Linear):
             return reason
-        sides = module.in_features, module.out_features
-        size = math.prod(sides) / max(1, sum(sides))
-        if size >= self.config.min_size:
+        config, size = self.config, _size(module)
+        too_small = f"{module.out_features} x {module.in_features} is too small to gain: {size:.0f} < "
+        if size < config.min_size:
+            return f"{too_small}min_size {config.min_size:g}"
+        if size < config.min_size_grad_weight and not (config.output or config.grad_input):
+            return f"{too_small}min_size_grad_weight {config.min_size_grad_weight:g}"
+        return None
+
+    def reason_in_part(self, fqn: str, module: nn.Module) -> str | None:
+        """A size at which INT8 would slow grad_weight down."""
+        least, size = self.config.min_size_grad_weight, _size(module)
+        if not self.config.grad_weight or size >= least:
             return None
-        return f"{sides[1]} x {sides[0]} is too small to gain: {size:.0f} < min_size {self.config.min_size:g}"
+        return f"not grad_weight: size {size:.0f} < min_size_grad_weight {least:g}"
+
+    def swap(self, model: nn.Module) -> nn.Module:
+        """Replace every site, and leave grad_weight of the small ones in high precision."""
+        model = super().swap(model)
+        for fqn, layer in self.layers(model).items():
+            assert isinstance(layer, Int8MixedPrecisionLinear), type(layer)
+            if self.reason_in_part(fqn, layer):
+                layer.config = replace(layer.config, grad_weight=False, save_int8_input=False)
+        return model
 
     def before_shard(self, model: nn.Module) -> None:
         """With `int8_all_gather`, make FSDP2 gather the weights of this method's layers as INT8 rows.
@@ -211,13 +236,28 @@ class Int8MixedPrecision(LinearTransform[Int8MixedPrecisionConfig]):
 
     def bounds(self) -> Bounds:
         """A floor for each product in INT8."""
-        config = self.config
-        cost = STOCHASTIC_ROUNDING_DB if config.stochastic_rounding else 0.0
-        return Bounds(
-            output=OUTPUT_FLOOR_DB - cost if config.output else None,
-            grad_input=GRADIENT_FLOOR_DB - cost if config.grad_input else None,
-            grad_weight=GRADIENT_FLOOR_DB - cost if config.grad_weight else None,
-        )
+        return _bounds(self.config)
+
+    def layer_bounds(self, layer: nn.Module) -> Bounds:
+        """A floor for each product that this layer computes in INT8."""
+        assert isinstance(layer, Int8MixedPrecisionLinear), type(layer)
+        return _bounds(layer.config)
+
+
+def _bounds(config: Int8MixedPrecisionConfig) -> Bounds:
+    cost = STOCHASTIC_ROUNDING_DB if config.stochastic_rounding else 0.0
+    return Bounds(
+        output=OUTPUT_FLOOR_DB - cost if config.output else None,
+        grad_input=GRADIENT_FLOOR_DB - cost if config.grad_input else None,
+        grad_weight=GRADIENT_FLOOR_DB - cost if config.grad_weight else None,
+    )
+
+
+def _size(linear: nn.Module) -> float:
+    """K N / (K + N): multiplications of its products for each element of their operands that is quantized."""
+    assert isinstance(linear, nn.Linear), type(linear)
+    sides = linear.in_features, linear.out_features
+    return math.prod(sides) / max(1, sum(sides))
 
 
 class _Int8Linear(torch.autograd.Function):

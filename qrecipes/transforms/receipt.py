@@ -24,6 +24,8 @@ class LayerReceipt:
     """Bytes of parameters and buffers before the swap."""
     bytes_after: int
     """The same after it."""
+    partly: str | None = None
+    """What the transform left as it was in this layer alone, and why, or None."""
     sqnr_db: dict[str, float] = field(default_factory=dict)
     """The probe's finding for each product the method changes, on real activations; infinite values are left
     out."""
@@ -68,6 +70,8 @@ class Receipt:
             )
         else:
             text = f"{method}: {len(mine)} tensors between layers"
+        if partly := [f"{layer.fqn} ({layer.partly})" for layer in mine if layer.partly]:
+            text += ", in part " + _counted(partly, most=1)
         worst = {
             product: min(layer.sqnr_db[product] for layer in mine if product in layer.sqnr_db)
             for product in dict.fromkeys(key for layer in mine for key in layer.sqnr_db)

@@ -60,7 +60,11 @@ def network(shape: tuple[int, int], dtype: torch.dtype, device: torch.device, **
     torch.manual_seed(1)
     linear = nn.Linear(*shape, dtype=dtype, device=device)
     chain = Chain.from_configs(
-        [Int8MixedPrecisionConfig(int8_all_gather=True, min_size=0, emulate=True, **config)]
+        [
+            Int8MixedPrecisionConfig(
+                int8_all_gather=True, min_size=0, min_size_grad_weight=0, emulate=True, **config
+            )
+        ]
     )
     return chain.swap(nn.Sequential(linear))
 

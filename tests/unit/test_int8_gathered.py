@@ -27,7 +27,7 @@ from qrecipes.transforms.int8_mixed_precision import (
 )
 
 GATHERED = {"int8_all_gather": True}
-EMULATED = {"emulate": True, "min_size": 0}
+EMULATED = {"emulate": True, "min_size": 0, "min_size_grad_weight": 0}
 """For small layers on a CPU."""
 
 

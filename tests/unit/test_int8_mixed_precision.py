@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 
@@ -35,7 +36,7 @@ ROUNDINGS = {torch.float32: 2e-6, torch.bfloat16: 2.0**-7}
 """Relative to the largest value: three float32 roundings and a bias; one or two bfloat16 roundings."""
 
 
-EMULATED = {"emulate": True, "min_size": 0}
+EMULATED = {"emulate": True, "min_size": 0, "min_size_grad_weight": 0}
 """For small layers on a CPU."""
 
 
@@ -477,6 +478,39 @@ def test_layers_too_small_to_gain_are_left_alone_and_the_receipt_says_why():
     everything = nn.Sequential(nn.Linear(32, 16))
     Chain.from_configs([Int8MixedPrecisionConfig(min_size=0)]).swap(everything)
     assert isinstance(everything[0], Int8MixedPrecisionLinear)
+
+
+def test_grad_weight_of_smaller_layers_stays_in_high_precision_and_the_receipt_says_where():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(96, 96, bias=False), nn.Linear(96, 32, bias=False))
+    original = copy.deepcopy(model)
+    config = Int8MixedPrecisionConfig(
+        min_size=0, min_size_grad_weight=40, save_int8_input=True, emulate=True, skip=()
+    )
+    chain = Chain.from_configs([config])
+    x = torch.randn(64, 96)
+    chain.swap(model, loss=lambda network: network(x).square().sum())  # probed: each to its own products
+    first, second = chain.receipt.layers
+    assert set(first.sqnr_db) == {"output", "grad_input", "grad_weight"}
+    assert set(second.sqnr_db) == {"output", "grad_input"}
+    assert first.partly is None
+    assert second.partly == "not grad_weight: size 24 < min_size_grad_weight 40"
+    assert "2 of 2 linear layers" in chain.receipt.summary()
+    assert "in part 1 (not grad_weight: size 24 < min_size_grad_weight 40)" in chain.receipt.summary()
+
+    def grad_weight(layer: nn.Module) -> torch.Tensor:
+        return torch.autograd.grad(layer(x), layer.weight, torch.ones(64, layer.out_features))[0]
+
+    assert torch.equal(grad_weight(model[1]), grad_weight(original[1]))
+    assert not torch.equal(grad_weight(model[0]), grad_weight(original[0]))
+
+
+def test_a_layer_whose_only_int8_product_would_be_a_small_grad_weight_is_left_alone():
+    config = Int8MixedPrecisionConfig(
+        min_size=0, min_size_grad_weight=40, output=False, grad_input=False, emulate=True
+    )
+    with pytest.raises(ConfigError, match=r"32 x 96 is too small to gain: 24 < min_size_grad_weight 40"):
+        Chain.from_configs([config]).swap(nn.Sequential(nn.Linear(96, 32)))
 
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
