@@ -11,6 +11,7 @@ called.
 from __future__ import annotations
 
 import importlib
+import inspect
 import logging
 import os
 import sys
@@ -18,7 +19,7 @@ from collections.abc import Callable, Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 from qrecipes.errors import ConfigError
@@ -192,6 +193,28 @@ def _keeping_dtype(handler: Callable[..., Any], cls: Any) -> Callable[..., Any]:
         return cls.__tensor_unflatten__({name: getattr(result, name) for name in names}, attributes)
 
     return keep_dtype
+
+
+def repair_fsdp2_integers() -> tuple[str, ...]:
+    """Let FSDP2 shard frozen parameters of integers, such as packed weights.
+
+    Up to torch 2.12 it makes every sharded Parameter one that trains, and then says which do; one of integers
+    cannot be made so.
+    """
+    import torch
+
+    if not torch.distributed.is_available():
+        return ()
+    module: Any = importlib.import_module("torch.distributed.fsdp._fully_shard._fsdp_param")
+    faulty = "nn.Parameter(self.to_sharded_dtensor(sharded_param))"
+    if module.nn is not torch.nn or faulty not in inspect.getsource(module.FSDPParam._init_sharded_param):
+        return ()
+
+    def parameter(data: torch.Tensor, requires_grad: bool = True) -> torch.nn.Parameter:
+        return torch.nn.Parameter(data, requires_grad and (data.is_floating_point() or data.is_complex()))
+
+    module.nn = SimpleNamespace(Module=torch.nn.Module, Parameter=parameter)  # all that it reads of torch.nn
+    return ("FSDPParam.sharded_param",)
 
 
 def disable_autograd_cache() -> tuple[str, ...]:

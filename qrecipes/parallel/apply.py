@@ -18,6 +18,7 @@ from torch._dynamo import lookup_backend
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 
+from qrecipes import compat
 from qrecipes.models.view import block_sites
 from qrecipes.parallel.recompute import RecomputeForward
 
@@ -72,6 +73,7 @@ def compile_graph(
 def shard(model: nn.Module, blocks: list[nn.Module], parallel: ParallelSection, process: Process) -> None:
     """FSDP2: one group a block, and one for what is outside them (a tied embedding must stay with the
     head)."""
+    compat.repair_fsdp2_integers()
     policy = MixedPrecisionPolicy(reduce_dtype=getattr(torch, parallel.reduce_dtype))
     for block in blocks:
         fully_shard(
