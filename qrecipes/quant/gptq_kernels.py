@@ -47,8 +47,8 @@ def launch_round_columns(
         S,
         N,
         factor_SS.stride(0),
-        least,
-        greatest,
+        float(least),  # Triton makes a constant of an integer that is 1, but of no float
+        float(greatest),
     )
 
 
@@ -86,7 +86,7 @@ def _round_columns_kernel(  # type: ignore[no-untyped-def]
         if zero_ptr is not None:
             zero = tl.load(zero_ptr + n, mask=inside, other=0.0)
             level = level + zero
-        level = tl.minimum(tl.maximum(level, least.to(tl.float32)), greatest.to(tl.float32))
+        level = tl.minimum(tl.maximum(level, least), greatest)
         tl.store(q_ptr + j * N + n, level.to(tl.int8), mask=inside)
         if zero_ptr is not None:
             level = level - zero

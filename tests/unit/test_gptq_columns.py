@@ -98,18 +98,20 @@ def check_a_whole_weight_is_the_reference_s() -> None:
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="needs the triton package, for its compiler")
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("capability", [80, 90])
-def test_kernel_compiles_and_keeps_its_columns_in_registers(capability, kind):
+@pytest.mark.parametrize(("capability", "columns"), [(80, 64), (90, 64), (90, 1)])
+def test_kernel_compiles_and_keeps_its_columns_in_registers(capability, columns, kind):
     from triton import compile
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from qrecipes.quant.gptq_kernels import ROWS, _round_columns_kernel
+    from qrecipes.quant.gptq_kernels import LEAST_COLUMNS, ROWS, _round_columns_kernel
 
-    constants = {"COLUMNS": gptq_columns.MOST_COLUMNS, "ROWS": ROWS}
+    constants = {"COLUMNS": max(columns, LEAST_COLUMNS), "ROWS": ROWS}
     constants |= {} if kind == "integer" else {"zero_ptr": None}
     constants |= {} if kind == "float" else {"offset_ptr": None}
-    types = {"q_ptr": "*i8"} | dict.fromkeys(("S", "N", "factor_stride", "least", "greatest"), "i32")
+    types = {"q_ptr": "*i8"} | dict.fromkeys(("S", "N", "factor_stride"), "i32")
+    types |= {"least": "fp32", "greatest": "fp32"}
+    constants |= {"S": 1} if columns == 1 else {}  # as Triton takes an integer that is 1
     names = [parameter.name for parameter in _round_columns_kernel.params]
     signature = {name: "constexpr" if name in constants else types.get(name, "*fp32") for name in names}
     aligned = [name for name in names if signature[name].startswith("*") or name in ("N", "factor_stride")]
