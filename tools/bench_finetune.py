@@ -35,6 +35,7 @@ import torch
 from finetune_peers import STD, Adapters, LlamaShape, peft_step, torchtune_step
 from step_timing import Step, gigabytes, in_own_process, random_tokens, report, timed_steps
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from qrecipes.config.run import ModelSection, OptimSection, ParallelSection, TaskSection
 from qrecipes.models.build import build
@@ -45,6 +46,7 @@ from qrecipes.training.optim import OPTIMIZERS, build_optimizer
 from qrecipes.training.step import train_step
 from qrecipes.training.task import Task
 from qrecipes.transforms import REGISTRY
+from qrecipes.transforms.base import TransformConfig
 from qrecipes.transforms.chain import Chain
 
 SHAPES = {
@@ -177,7 +179,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         )
         options = Options(args.optimizer, args.adapter_dtype, args.loss, parallel)
         settings = asdict(options)
-        step, built = our_step(shape, adapters, device, method, options)
+        training = our_training(shape, adapters, device, method, options)
+        step, built = training.step, training.built
     else:
         start = time.perf_counter()
         step = method.make(shape, adapters, device, quantized=method.quantized, checkpointing=checkpointing)
@@ -197,15 +200,32 @@ def build_cost(start: float, device: torch.device) -> dict[str, Any]:
     return {"seconds": seconds, "peak_memory_gb": gigabytes(torch.cuda.max_memory_allocated)}
 
 
-def our_step(
+@dataclass(frozen=True)
+class Training:
+    """A model with adapters, ready to be trained as `qrecipes run train` does it."""
+
+    section: ModelSection
+    """What the model was built of."""
+    config: TransformConfig
+    model: nn.Module
+    optim: OptimSection
+    optimizer: Optimizer
+    process: Process
+    step: Step
+    built: dict[str, Any]
+    """What building cost."""
+
+
+def our_training(
     shape: LlamaShape,
     adapters: Adapters,
     device: torch.device,
     method: Ours,
     options: Options,
-) -> tuple[Step, dict[str, Any]]:
-    """A step of `qrecipes run train` with this method, and what building it cost."""
+) -> Training:
+    """The training of random weights with this method."""
     start = time.perf_counter()
+    section = model_section(shape)
     model = random_model(shape, device)
     cls: Any = REGISTRY[method.name].Config
     common: dict[str, Any] = {"rank": adapters.rank, "alpha": adapters.alpha}
@@ -217,8 +237,8 @@ def our_step(
     built = build_cost(start, device)
     process = Process(0, 1, device, None)
     model = parallelize(model, options.parallel, process, chain).train()
-    section: Any = OptimSection
-    optim = section(name=options.optimizer, lr=1e-4, weight_decay=0.0, clip_norm=0.3)
+    optimized: Any = OptimSection
+    optim = optimized(name=options.optimizer, lr=1e-4, weight_decay=0.0, clip_norm=0.3)
     optimizer = build_optimizer(chain.param_groups(model), optim)
     learnt: Any = TaskSection
     task = Task(learnt(loss=options.loss), compile=options.parallel.compile)
@@ -227,19 +247,23 @@ def our_step(
     def step() -> Tensor:
         return train_step(model, optimizer, chain, [batch], task, 0, optim.clip_norm, process).loss
 
-    return step, built
+    return Training(section, config, model, optim, optimizer, process, step, built)
 
 
-def random_model(shape: LlamaShape, device: torch.device) -> nn.Module:
-    """torchtune's Llama 2 in bfloat16, made on the device as one is whose weights will be loaded."""
+def model_section(shape: LlamaShape) -> ModelSection:
+    """torchtune's Llama 2 of a shape."""
     sizes: dict[str, Any] = {"num_layers": shape.layers, "embed_dim": shape.width, "num_heads": shape.heads}
     sizes |= {"num_kv_heads": shape.heads, "intermediate_dim": shape.hidden, "vocab_size": shape.vocabulary}
-    section = ModelSection(
+    return ModelSection(
         source="torchtune:llama2.llama2",
         args=sizes | {"max_seq_len": max(4096, shape.length)},
         dtype="bfloat16",
     )
-    model = build(section, dtype=torch.bfloat16, device=device, initialize=False)
+
+
+def random_model(shape: LlamaShape, device: torch.device) -> nn.Module:
+    """Llama 2 in bfloat16, made on the device as one is whose weights will be loaded."""
+    model = build(model_section(shape), dtype=torch.bfloat16, device=device, initialize=False)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(0.0, STD) if parameter.ndim > 1 else parameter.fill_(1.0)

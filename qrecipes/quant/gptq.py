@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from qrecipes.quant.affine import AffineGrid
 from qrecipes.quant.formats import AffineFormat
-from qrecipes.quant.packing import signed_range
+from qrecipes.quant.gptq_columns import MOST_COLUMNS, Columns, Levels, round_columns
 from qrecipes.quant.ranges import minmax_grid
 
 Ranges = Callable[[Tensor, AffineFormat], AffineGrid]
@@ -72,8 +72,13 @@ class Hessian:
 
     def add(self, x: Tensor) -> None:
         """Count inputs [..., K]."""
-        x_TK = x.detach().reshape(-1, x.shape[-1]).float()
-        self._sum_KK.addmm_(x_TK.t(), x_TK)
+        x_TK = x.detach().reshape(-1, x.shape[-1])
+        if x_TK.is_cuda and x_TK.dtype in (torch.bfloat16, torch.float16):
+            # tensor cores multiply these types exactly, and sum in float32: a tenth of float32's time
+            self._sum_KK += torch.mm(x_TK.t(), x_TK, out_dtype=torch.float32)
+        else:
+            x_TK = x_TK.float()
+            self._sum_KK.addmm_(x_TK.t(), x_TK)
         self.tokens += x_TK.shape[0]
 
     @property
@@ -185,15 +190,15 @@ def _energy(m_NK: Tensor, hessian_KK: Tensor) -> float:
 def _upper_factor(h_KK: Tensor) -> Tensor | None:
     """Upper triangular U with U^T U = H^-1; None where H is not positive definite.
 
-    H^-1 is never formed: with H = R R^T, R upper triangular, U is R^-1, and R is the ordinary Cholesky factor
-    of H with both orders reversed, reversed again.
+    Its rows are contiguous. H^-1 is never formed: with H = R R^T, R upper triangular, U is R^-1, and R is the
+    ordinary Cholesky factor of H with both orders reversed, reversed again.
     """
     lower, info = torch.linalg.cholesky_ex(h_KK.flip(0, 1))
     if int(info) != 0:
         return None
     eye = torch.eye(len(h_KK), device=h_KK.device, dtype=h_KK.dtype)
     factor = torch.linalg.solve_triangular(lower.flip(0, 1), eye, upper=True)
-    return factor if factor.isfinite().all() else None
+    return factor.contiguous() if factor.isfinite().all() else None  # LAPACK's order is by columns
 
 
 def _aligned(block_size: int, format: AffineFormat, fixed: AffineGrid | None) -> int:
@@ -215,45 +220,32 @@ def _columns(
     K = w_KN.shape[0]
     size = format.group_size or K
     q_KN = torch.empty_like(w_KN, dtype=torch.int8)
-    diagonal_K = factor_KK.diagonal()
     grids: list[AffineGrid] = []
     for start in range(0, K, block_size):
         stop = min(start + block_size, K)
         error_BN = torch.empty_like(w_KN[start:stop])
-        for j in range(start, stop):
-            if j % size == 0:
+        for first, last in _runs(start, stop, size):
+            if first % size == 0:
                 grids.append(
-                    ranges(w_KN[j : j + size].t(), format) if fixed is None else _group(fixed, j // size)
+                    ranges(w_KN[first : first + size].t(), format)
+                    if fixed is None
+                    else _group(fixed, first // size)
                 )
-                levels = _Levels(grids[-1], format.bits, w_KN.dtype)
-            level_N = levels.nearest(w_KN[j])
-            q_KN[j] = level_N
-            error_N = torch.div(w_KN[j] - levels.values(level_N), diagonal_K[j], out=error_BN[j - start])
-            w_KN[j + 1 : stop].addr_(factor_KK[j, j + 1 : stop], error_N, alpha=-1)
+                levels = Levels.of(grids[-1], format.bits, w_KN.dtype)
+            error_SN = error_BN[first - start : last - start]
+            factor_SS = factor_KK[first:last, first:last]
+            round_columns(Columns(w_KN[first:last], factor_SS, q_KN[first:last], error_SN), levels)
+            w_KN[last:stop].addmm_(factor_KK[first:last, last:stop].t(), error_SN, alpha=-1)
         w_KN[stop:].addmm_(factor_KK[start:stop, stop:].t(), error_BN, alpha=-1)
     return q_KN, fixed if fixed is not None else _joined(grids)
 
 
-class _Levels:
-    """One group's levels for columns [N] of floats, as `quantize_affine` and `dequantize_affine` do it."""
-
-    def __init__(self, grid: AffineGrid, bits: int, dtype: torch.dtype) -> None:
-        scale, zero, offset = (None if t is None else t[:, 0].to(dtype) for t in grid)
-        assert scale is not None, grid
-        self.scale, self.zero, self.offset = scale, zero, offset
-        self.divisor = torch.where(scale == 0, 1.0, scale)
-        self.least, self.greatest = signed_range(bits)
-
-    def nearest(self, w_N: Tensor) -> Tensor:
-        level_N = (w_N if self.offset is None else w_N - self.offset) / self.divisor
-        level_N.round_()
-        if self.zero is not None:
-            level_N += self.zero
-        return level_N.clamp_(self.least, self.greatest)
-
-    def values(self, level_N: Tensor) -> Tensor:
-        w_N = (level_N if self.zero is None else level_N - self.zero) * self.scale
-        return w_N if self.offset is None else w_N + self.offset
+def _runs(start: int, stop: int, size: int) -> Iterator[tuple[int, int]]:
+    """The columns from `start` to `stop` in runs of one group each, none too long for `round_columns`."""
+    while start < stop:
+        last = min(stop, start + MOST_COLUMNS, (start // size + 1) * size)
+        yield start, last
+        start = last
 
 
 def _group(grid: AffineGrid, index: int) -> AffineGrid:

@@ -164,6 +164,26 @@ def test_probe_holds_layers_to_both_roundings(config):
     Chain.from_configs([config]).swap(model, loss=lambda m: m(x).square().mean())
 
 
+@pytest.mark.parametrize(("times", "admitted"), [(50, True), (1000, False)])
+def test_probe_admits_channels_as_large_as_a_pretrained_model_s(times, admitted):
+    """With a channel of c among others of 1, and no weight for it, a step is c / 127 and its noise that over
+    sqrt(12): 20 log10(127 sqrt(12) / c) dB are left, 19 at 50, as in SmolLM2's worst layer, -7 at 1000."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64))
+    x = torch.randn(64, 64)
+    x[:, 5] = times
+    with torch.no_grad():
+        model[0].weight[:, 5] *= 1e-3
+    chain = Chain.from_configs([CONFIGS[0]])
+    if admitted:
+        chain.swap(model, loss=lambda m: m(x).square().mean())
+        (row,) = chain.receipt.layers
+        assert 12 < row.sqnr_db["output"] < 20
+    else:
+        with pytest.raises(ProbeError, match="output has an SQNR"):
+            chain.swap(model, loss=lambda m: m(x).square().mean())
+
+
 def test_noise_of_two_roundings_adds_up():
     assert noise_of_both(20.0, 20.0) == pytest.approx(20 - 10 * math.log10(2))
     assert noise_of_both(12.0, 200.0) == pytest.approx(12.0)
