@@ -143,7 +143,7 @@ CASES: dict[str, Case] = {
     "INT8": Case(ours("int8_mixed_precision")),
     **{
         f"INT8, grad_weight from {size}": Case(ours("int8_mixed_precision", min_size_grad_weight=size))
-        for size in (900, 1300, 1800, 2500)
+        for size in (1300, 1800)
     },
     "INT8, from 1100": Case(ours("int8_mixed_precision", min_size=1100)),
     "INT8 weights": Case(ours("int8_weights")),
