@@ -64,4 +64,4 @@ def draws(node: fx.Node) -> bool:
         return True
     index = names.index("dropout_p")
     given = node.args[index] if index < len(node.args) else node.kwargs.get("dropout_p", 0.0)
-    return given != 0.0
+    return bool(given != 0.0)

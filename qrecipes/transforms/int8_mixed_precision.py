@@ -44,10 +44,10 @@ Quantized: TypeAlias = tuple[Tensor, Tensor]
 """INT8 values and the scale of each row."""
 
 # Least SQNR of one layer's product, in dB. Least seen in SmolLM2-135M on GSM8K: output 18 (a v_proj, whose
-# input has channels far larger than the others). In the pretrained 260K story Llama on Shakespeare: output 30,
-# grad_input 21 (a k_proj), grad_weight 30; on activations and gradients from Student's t with 1.5 to 3 degrees
-# of freedom, or with a few channels 100 times the others: 30, 31, 26. A token 300 times the others brings
-# grad_weight down to 5: that is the case for switching it off, so the bound does not admit it.
+# input has channels far larger than the others). In the pretrained 260K story Llama on Shakespeare: output
+# 30, grad_input 21 (a k_proj), grad_weight 30; on activations and gradients from Student's t with 1.5 to 3
+# degrees of freedom, or with a few channels 100 times the others: 30, 31, 26. A token 300 times the others
+# brings grad_weight down to 5: that is the case for switching it off, so the bound does not admit it.
 OUTPUT_FLOOR_DB = 16.0
 GRADIENT_FLOOR_DB = 12.0
 STOCHASTIC_ROUNDING_DB = 3.0
