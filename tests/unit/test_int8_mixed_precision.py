@@ -514,8 +514,13 @@ def test_a_layer_whose_only_int8_product_would_be_a_small_grad_weight_is_left_al
 
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
-def test_what_is_not_finite_reaches_output_and_gradients(poison):
-    layer = swapped(nn.Linear(32, 16, bias=False))
+@pytest.mark.parametrize(
+    "how",
+    [{}, {"stochastic_rounding": True}, {"save_int8_input": True}, {"int8_all_gather": True}, {"output": False}],
+    ids=str,
+)
+def test_what_is_not_finite_reaches_output_and_gradients(how, poison):
+    layer = swapped(nn.Linear(32, 16, bias=False), **how)
     x = torch.randn(4, 32)
     x[2, 5] = poison
     x.requires_grad_(True)
