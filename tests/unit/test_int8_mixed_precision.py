@@ -516,7 +516,13 @@ def test_a_layer_whose_only_int8_product_would_be_a_small_grad_weight_is_left_al
 @pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize(
     "how",
-    [{}, {"stochastic_rounding": True}, {"save_int8_input": True}, {"int8_all_gather": True}, {"output": False}],
+    [
+        {},
+        {"stochastic_rounding": True},
+        {"save_int8_input": True},
+        {"int8_all_gather": True},
+        {"output": False},
+    ],
     ids=str,
 )
 def test_what_is_not_finite_reaches_output_and_gradients(how, poison):

@@ -294,7 +294,9 @@ def test_a_weight_that_is_not_finite_shows_in_its_channel_and_every_gradient(set
     found = products(swapped(linear, **setting), torch.randn(6, 40), torch.randn(6, 24))
     assert (~torch.isfinite(found["output"])).all(0).tolist() == [n == 5 for n in range(24)]
     size = setting.get("group_size", 40)
-    assert (~torch.isfinite(found["grad_input"])).all(0).tolist() == [k // size == 7 // size for k in range(40)]
+    assert (~torch.isfinite(found["grad_input"])).all(0).tolist() == [
+        k // size == 7 // size for k in range(40)
+    ]
 
 
 def test_second_derivatives_are_refused():
@@ -353,7 +355,10 @@ def test_autocast_and_other_types_are_refused():
             ['optim.name="schedule_free_adamw"', 'schedule.kind="constant"'],
             r"optim\.name: 'schedule_free_adamw' keeps float32 weights .* set name to another optimizer, or",
         ),
-        (['optim.offload="state"'], r"optim\.offload: 'state' keeps float32 weights .* set offload to \"none\""),
+        (
+            ['optim.offload="state"'],
+            r"optim\.offload: 'state' keeps float32 weights .* set offload to \"none\"",
+        ),
     ],
     ids=["schedule_free_adamw", "offload"],
 )
