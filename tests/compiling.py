@@ -20,9 +20,9 @@ def compiled(
 ) -> Any:
     """What Triton makes of a kernel for CUDA devices of `capability`, such as 80.
 
-    `types` are those of the arguments, such as "*bf16" or "i32". Pointers and i32 are multiples of 16; "i32 any"
-    says that one is not. Arguments in `constants` are constants, None included; names that the kernel does
-    not have are ignored.
+    `types` are those of the arguments, such as "*bf16" or "i32". Pointers and i32 are multiples of 16, where
+    "i32 any" does not say otherwise. Arguments in `constants` are constants, None included; names that the
+    kernel does not have are ignored.
     """
     import triton
     from triton.backends.compiler import GPUTarget

@@ -353,11 +353,11 @@ def test_autocast_and_other_types_are_refused():
     [
         (
             ['optim.name="schedule_free_adamw"', 'schedule.kind="constant"'],
-            r"optim\.name: 'schedule_free_adamw' keeps float32 weights .* set name to another optimizer, or",
+            r"optim\.name: 'schedule_free_adamw' keeps float32 .* set name to another optimizer, or",
         ),
         (
             ['optim.offload="state"'],
-            r"optim\.offload: 'state' keeps float32 weights .* set offload to \"none\"",
+            r"optim\.offload: 'state' keeps float32 .* set offload to \"none\"",
         ),
     ],
     ids=["schedule_free_adamw", "offload"],
