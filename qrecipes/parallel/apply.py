@@ -1,7 +1,8 @@
-"""Compilation, then activation checkpointing, then FSDP2, block by block.
+"""Compilation and activation checkpointing, then FSDP2, block by block.
 
-The order matters: recomputation runs the compiled block again, and FSDP2 gathers and frees around both.
-Nothing is wrapped, so names in state dicts stay those of the builder.
+A compiled block recomputes inside its graph, where the compiler leaves out what no gradient needs, such as
+the last product; other blocks run a second time. FSDP2 gathers and frees around either. Nothing is wrapped,
+so names in state dicts stay those of the builder.
 """
 
 from __future__ import annotations
@@ -11,12 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch._functorch.config as functorch_config
+import torch._inductor.config as inductor_config
 from torch import fx, nn
 from torch._dynamo import lookup_backend
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 
 from qrecipes.models.view import block_sites
+from qrecipes.parallel.recompute import RecomputeForward
 
 if TYPE_CHECKING:
     from qrecipes.config.run import ParallelSection
@@ -28,13 +31,15 @@ def parallelize(model: nn.Module, parallel: ParallelSection, process: Process, c
     """Make `model`, which `chain` has swapped, recompute, compile and shard as asked, in place. Sharding
     replaces its Parameter objects."""
     blocks = [site.block for site in block_sites(model)]
-    if parallel.compile:
-        for block in blocks:
-            backend = recomputing_pointwise if parallel.recompute_pointwise else "inductor"
-            block.forward = torch.compile(block.forward, backend=backend)
     every = {"none": 0, "full": 1, "selective": parallel.selective_every}[parallel.checkpointing]
-    if every:
-        for block in blocks[::every]:
+    chosen = set(blocks[::every]) if every else set()
+    if parallel.compile:
+        compiler = functools.partial(compile_graph, pointwise=parallel.recompute_pointwise)
+        recomputing = functools.partial(compiler, forward=True)
+        for block in blocks:  # one backend for all alike, or Dynamo compiles each anew
+            block.forward = torch.compile(block.forward, backend=recomputing if block in chosen else compiler)
+    else:
+        for block in chosen:
             recompute(block)
     if process.mesh is not None:
         chain.before_shard(model)
@@ -43,18 +48,24 @@ def parallelize(model: nn.Module, parallel: ParallelSection, process: Process, c
 
 
 def recompute(block: nn.Module) -> None:
-    """Keep only the block's inputs for the backward pass, in which its forward runs a second time.
-
-    Around what is compiled, not inside it: traced into the graph, torch 2.11 keeps what a custom
-    autograd.Function saves.
-    """
+    """Keep only the block's inputs for the backward pass, in which its forward runs a second time."""
     block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
 
 
-def recomputing_pointwise(graph: fx.GraphModule, inputs: list[Any], *, backend: str = "inductor") -> Any:
-    """A backend of torch.compile, which also recomputes pointwise results that the backward pass has to
-    write to memory, because a product reads them, rather than keep them from the forward pass."""
-    with functorch_config.patch(ban_recompute_materialized_backward=False):
+def compile_graph(
+    graph: fx.GraphModule,
+    inputs: list[Any],
+    *,
+    pointwise: bool,
+    forward: bool = False,
+    backend: str = "inductor",
+) -> Any:
+    """A backend of torch.compile. With `pointwise` results that the backward pass has to write to memory,
+    because a product reads them, are recomputed rather than kept; with `forward` all of the forward pass."""
+    with (
+        functorch_config.patch(ban_recompute_materialized_backward=not pointwise),
+        inductor_config.patch(joint_custom_post_pass=RecomputeForward() if forward else None),
+    ):
         return lookup_backend(backend)(graph, inputs)
 
 

@@ -88,11 +88,18 @@ def operands(
 
 
 def launch_weight(
-    weight: Operands, out: Tensor, rounding: LowRankRounding, *, transposed: bool = False
+    weight: Operands,
+    out: Tensor,
+    rounding: LowRankRounding,
+    *,
+    transposed: bool = False,
+    is_rounded: bool = False,
 ) -> None:
-    """Fill the contiguous `out` with weights, or with integers where there are no scales."""
+    """Fill the contiguous `out` with weights, or with integers where there are no scales; or, where
+    `is_rounded`, with rnd(Z), one beyond the levels where it is clipped."""
     tiles, N = tiles_of(rounding), weight.phi.shape[0]
-    constants = {"TRANSPOSED": transposed, **_constants(rounding, weight.a, tiles)}
+    constants = {"TRANSPOSED": transposed, "ROUNDED": is_rounded}
+    constants |= _constants(rounding, weight.a, tiles)
     _weight_launchers(constants, num_warps=NUM_WARPS, enable_fp_fusion=False)(
         triton.cdiv(N, BLOCK_N) * tiles.per_row,
         *weight,
@@ -109,7 +116,9 @@ def launch_grads(grad_NK: Tensor, weight: Operands, rounding: LowRankRounding, s
     """The parts of all gradients, from a contiguous dL/dW_hat; `shared_bytes` are what a block can have."""
     tiles, (N, K) = tiles_of(rounding), grad_NK.shape
     R = _rank(weight.a)
-    constants = _constants(rounding, weight.a, tiles)
+    constants = grads_constants(rounding, weight.a, tiles)
+    if constants["ROUNDED"]:
+        weight = _rounded(weight, rounding)
     blocks = triton.cdiv(N, BLOCK_N)
     splits = min(blocks, triton.cdiv(GRADIENT_PROGRAMS, tiles.per_row))
     per_split = triton.cdiv(blocks, splits)
@@ -139,12 +148,34 @@ def launch_grads(grad_NK: Tensor, weight: Operands, rounding: LowRankRounding, s
     return parts
 
 
+def rounds_first(rank_blocks: int) -> bool:
+    """Whether the gradients' kernel reads rnd(Z) rather than phi.
+
+    It has a program for every block of the rank: with several, each would sum up the whole of A B again.
+    """
+    return rank_blocks > 1
+
+
+def _rounded(weight: Operands, rounding: LowRankRounding) -> Operands:
+    """The same weight with rnd(Z) in place of phi, in bfloat16: all of -129 to 128, and NaN, is exact."""
+    phi = weight.phi.new_empty((weight.phi.shape[0], rounding.in_features), dtype=torch.bfloat16)
+    launch_weight(weight._replace(scale=None, zero=None), phi, rounding, is_rounded=True)
+    return weight._replace(phi=phi)
+
+
 def num_stages(grad_NK: Tensor, weight: Operands, constants: Mapping[str, Any], shared_bytes: int) -> int:
     """2 where the gradients' kernel has the shared memory to load the next block while it works on one."""
     loaded = constants["BLOCK_K"] * (grad_NK.element_size() + weight.phi.element_size()) * BLOCK_N
     if weight.a is not None:
         loaded += (BLOCK_N + constants["BLOCK_K"]) * constants["BLOCK_R"] * weight.a.element_size()
-    return 2 if constants["RANK_BLOCKS"] <= 1 and 2 * loaded + SCRATCH_BYTES <= shared_bytes else 1
+    return 2 if 2 * loaded + SCRATCH_BYTES <= shared_bytes else 1
+
+
+def grads_constants(rounding: LowRankRounding, a_NR: Tensor | None, tiles: _Tiles) -> dict[str, Any]:
+    """What the gradients' kernel is compiled for."""
+    constants = _constants(rounding, a_NR, tiles)
+    is_rounded = rounds_first(constants["RANK_BLOCKS"])
+    return constants | {"ROUNDED": is_rounded, "STORAGE": "bf16" if is_rounded else rounding.storage}
 
 
 def _rank(a_NR: Tensor | None) -> int:
@@ -334,6 +365,7 @@ def _weight_kernel(  # type: ignore[no-untyped-def]
     phi_stride,
     scaling,
     TRANSPOSED: tl.constexpr,
+    ROUNDED: tl.constexpr,
     STORAGE: tl.constexpr,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -344,7 +376,7 @@ def _weight_kernel(  # type: ignore[no-untyped-def]
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """One tile of W_hat, or of Q where there is no scale."""
+    """One tile of W_hat, or of Q where there is no scale, or of rnd(Z) if it is what is asked for."""
     tile = tl.program_id(0) % TILES_OF_ROW
     rows = tl.program_id(0) // TILES_OF_ROW * BLOCK_N + tl.arange(0, BLOCK_N)
     first, end, group = _columns(tile, K, GROUP, TILES_OF_GROUP, BLOCK_K)
@@ -372,8 +404,10 @@ def _weight_kernel(  # type: ignore[no-untyped-def]
         BLOCK_N,
         BLOCK_K,
     )
-    q = _clip(rounded, BITS)
-    if scale_ptr is None:
+    q = rounded if ROUNDED else _clip(rounded, BITS)
+    if ROUNDED:
+        pass
+    elif scale_ptr is None:
         q = tl.where(q == q, q, 0.0).to(tl.int8)
     else:
         G: tl.constexpr = TILES_OF_ROW // TILES_OF_GROUP
@@ -428,6 +462,7 @@ def _grads_kernel(  # type: ignore[no-untyped-def]
     phi_stride,
     scaling,
     blocks_of_split,
+    ROUNDED: tl.constexpr,
     STORAGE: tl.constexpr,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -440,7 +475,7 @@ def _grads_kernel(  # type: ignore[no-untyped-def]
 ):
     """Down a split of the rows in one tile of columns, for one block of the rank: dL/dW_hat is read once.
 
-    dB is summed in registers; dA is written for every tile.
+    dB is summed in registers; dA is written for every tile. Where ROUNDED, phi is rnd(Z).
     """
     tile = tl.program_id(0)
     split = tl.program_id(1)
@@ -474,7 +509,7 @@ def _grads_kernel(  # type: ignore[no-untyped-def]
             scaling,
             STORAGE,
             BITS,
-            RANK_BLOCKS,
+            0 if ROUNDED else RANK_BLOCKS,
             BLOCK_R,
             BLOCK_N,
             BLOCK_K,

@@ -290,12 +290,20 @@ def test_tiny_configs_compile_section_is_default(run):
     assert run.parallel == ParallelSection()
 
 
+def parts_of(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """The tensor itself, or the plain ones that a subclass consists of, which compiled graphs take."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return [tensor]
+    return [part for name in tensor.__tensor_flatten__()[0] for part in parts_of(getattr(tensor, name))]
+
+
 def saved_bytes(trial: Trial) -> int:
     """Bytes of activations that a forward pass keeps for the backward pass."""
     kept: dict[int, int] = {}
+    stored = {part.data_ptr() for parameter in trial.model.parameters() for part in parts_of(parameter)}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
-        if not isinstance(tensor, nn.Parameter):
+        if not isinstance(tensor, nn.Parameter) and tensor.data_ptr() not in stored:
             kept[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
         return tensor
 

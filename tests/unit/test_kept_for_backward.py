@@ -18,7 +18,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from qrecipes.config.run import ParallelSection
 from qrecipes.errors import ConfigError
-from qrecipes.parallel.apply import parallelize, recompute, recomputing_pointwise
+from qrecipes.parallel.apply import compile_graph, parallelize, recompute
 from qrecipes.quant.linear import QuantLinear
 from qrecipes.transforms.base import TransformConfig
 from qrecipes.transforms.chain import Chain
@@ -123,7 +123,7 @@ def test_recomputing_pointwise_keeps_no_norm_and_no_product_of_the_gate(name):
     """Kept: the block's input, the residual, gate and up; of LoRA, beside these, nothing that is as wide."""
     normally, sparing = adapted(CONFIGS[name]), adapted(CONFIGS[name])
     compiled(normally[0])
-    compiled(sparing[0], partial(recomputing_pointwise, backend=PARTITIONED))
+    compiled(sparing[0], partial(compile_graph, pointwise=True, backend=PARTITIONED))
     x = torch.randn(TOKENS, WIDTH, dtype=torch.bfloat16, requires_grad=True)
     gradients = []
     for model in (normally, sparing):

@@ -63,6 +63,7 @@ COMPILED = [
         80,
     ),
     (make_case(LowRankRounding(bits=4, in_features=4096), 64, 64, dtype=torch.bfloat16), torch.bfloat16, 80),
+    (make_case(LowRankRounding(bits=4, in_features=4096), 64, 256), torch.bfloat16, 90),
     (
         make_case(LowRankRounding(bits=8, in_features=4096, storage="fp32"), 64, 0, symmetric=False),
         torch.float16,
@@ -80,8 +81,8 @@ def compiled_case(kernel, case: Case, capability: int, pointers: dict, constants
     """A kernel as its launch specializes it for aligned tensors."""
     from qrecipes.quant import low_rank_kernels as kernels
 
-    constants = constants | kernels._constants(case.rounding, case.a, kernels.tiles_of(case.rounding))
-    pointers = pointers | dict(zip(("phi", "a", "b", "scale", "zero"), case[:5], strict=True)) | pointers
+    constants = kernels._constants(case.rounding, case.a, kernels.tiles_of(case.rounding)) | constants
+    pointers = dict(zip(("phi", "a", "b", "scale", "zero"), case[:5], strict=True)) | pointers
     types = {f"{name}_ptr": POINTERS[t.dtype] for name, t in pointers.items() if t is not None}
     constants |= {f"{name}_ptr": None for name, t in pointers.items() if t is None}
     types |= dict.fromkeys(("N", "K", "R", "phi_stride"), "i32")
@@ -104,7 +105,9 @@ def test_weights_compile_without_contracted_sums(case, dtype, capability):
     from qrecipes.quant import low_rank_kernels as kernels
 
     out = torch.empty(0, dtype=dtype)
-    kernel = compiled_case(kernels._weight_kernel, case, capability, {"out": out}, {"TRANSPOSED": False}, 3)
+    kernel = compiled_case(
+        kernels._weight_kernel, case, capability, {"out": out}, {"TRANSPOSED": False, "ROUNDED": False}, 3
+    )
     ptx = kernel.asm["ptx"]
     assert multiplies_as_it_should(ptx, case, capability)
     assert kernel.metadata.shared <= RTX4090
@@ -120,10 +123,12 @@ def test_gradients_fit_the_shared_memory_of_a_block(case, dtype, capability):
     grad, part = torch.empty(0, dtype=dtype), torch.empty(0)
     ranked, shifted = None if case.a is None else part, None if case.zero is None else part
     pointers = {"grad": grad, "parts_a": ranked, "parts_b": ranked, "parts_scale": part, "parts_sum": shifted}
-    constants = kernels._constants(case.rounding, case.a, kernels.tiles_of(case.rounding))
+    constants = kernels.grads_constants(case.rounding, case.a, kernels.tiles_of(case.rounding))
+    if constants["ROUNDED"]:
+        case = case._replace(phi=torch.empty(0, dtype=torch.bfloat16))
     bound = H100 if capability == 90 else RTX4090
     stages = kernels.num_stages(grad, kernels.Operands(*case[:5]), constants, bound)
-    kernel = compiled_case(kernels._grads_kernel, case, capability, pointers, {}, stages)
+    kernel = compiled_case(kernels._grads_kernel, case, capability, pointers, constants, stages)
     assert kernel.metadata.shared <= bound
     assert multiplies_as_it_should(kernel.asm["ptx"], case, capability)
     assert not {"atom.", "red."} & {word[:4] for word in kernel.asm["ptx"].split()}
