@@ -31,7 +31,7 @@ def run_checks(checks: Mapping[str, Callable[[], None]]) -> None:
     print(json.dumps(outcomes))
 
 
-def outcomes_of(file: str, timeout: float = 120) -> dict[str, str | None]:
+def outcomes_of(file: str, timeout: float = 240) -> dict[str, str | None]:
     """What the checks of a test file gave, run as a script; a skip where the interpreter cannot run."""
     if (reason := broken()) is not None:
         pytest.skip(reason)

@@ -1,4 +1,4 @@
-"""The three products of a linear layer in INT8, against bf16, torch._int_mm and torch's float8, in one run.
+"""The products of a linear layer in INT8, against bf16, torch._int_mm, float8 and torchao's INT8, in one run.
 
     tools/bench_matmul.py [--shapes MxNxK ...] [--tiles] [--output FILE.json]
 
@@ -8,7 +8,8 @@ layer's output, `A B` the gradient of its input, `A^T B` that of its weight; the
 come (strided) and, for ours, also copied so that both operands are contiguous along the sum, as
 `int8_mixed_precision` quantizes them. Medians; on a GPU a burst of calls is captured in a CUDA graph, so that
 no product waits for its launch, and cases take turns, so that a clock that falls as the device warms up falls
-for all. With --tiles our product is timed with each of the tiles that the rule chooses among, and the rule's
+for all. torchao's kernel, as its INT8 training calls it, tunes itself for each shape before, which takes
+seconds. With --tiles our product is timed with each of the tiles that the rule chooses among, and the rule's
 choice.
 """
 
@@ -127,6 +128,11 @@ def cases(a: Tensor, b: Tensor, aq: Tensor, bq: Tensor) -> dict[str, Case]:
         "ours, strided": lambda: scaled_int8_mm(aq, bq, row, col, out_dtype=torch.bfloat16),
         "ours, K-major": lambda: scaled_int8_mm(rows_a, rows_b.t(), row, col, out_dtype=torch.bfloat16),
     }
+    if a.is_cuda:  # its operator has no other implementation
+        from torchao.prototype.quantized_training.int8_mm import scaled_int8_mm as torchao_mm
+
+        scales = row.bfloat16(), col.bfloat16()  # the output takes their type
+        found["torchao INT8"] = lambda: torchao_mm(rows_a, rows_b.t(), *scales)
     if a.is_cuda and torch.cuda.get_device_capability(a.device) >= (8, 9):
         a8 = a.contiguous().to(torch.float8_e4m3fn)
         b8 = b.t().contiguous().to(torch.float8_e4m3fn).t()

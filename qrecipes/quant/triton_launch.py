@@ -42,7 +42,8 @@ class Launcher:
         A descriptor's blocks are those that the constants say, of the type that the kernel is for.
         """
         programs = (grid, 1, 1) if isinstance(grid, int) else (*grid, 1, 1)[:3]
-        if self._binds or knobs.runtime.launch_enter_hook.calls:
+        hooks = knobs.runtime.launch_enter_hook.calls or knobs.runtime.launch_exit_hook.calls
+        if self._binds or hooks:
             self.kernel[programs](*arguments, **self.named)
             return
         driver = triton.runtime.driver.active

@@ -32,10 +32,11 @@ class FusedAdamW8bit(AdamW8bit):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """One update of every parameter that has a gradient."""
+        loss = loss_of(closure)  # which makes the gradients
         trained = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        if not all(_has_kernel(p) for p in trained) or any(g["amsgrad"] for g in self.param_groups):
-            return super().step(closure)
-        loss = loss_of(closure)
+        if not self._suits_kernel() or not all(_has_kernel(p) for p in trained):
+            super().step()
+            return loss
         for group in self.param_groups:
             by_step: dict[float, list[Update]] = {}
             for p in group["params"]:
@@ -46,6 +47,11 @@ class FusedAdamW8bit(AdamW8bit):
                 numbers = _numbers(group, steps)
                 update_by_kernel(updates, numbers, stochastic_rounding=self.bf16_stochastic_round)
         return loss
+
+    def _suits_kernel(self) -> bool:
+        """Whether moments are as the kernel expects them; torchao's step takes any."""
+        plain = not any(group["amsgrad"] for group in self.param_groups)
+        return HAS_TRITON and plain and self.block_size == kernels.BLOCK
 
     def _moments(self, p: Tensor) -> tuple[tuple[Tensor, Tensor], float]:
         """This rank's parts of both moments, zeros at first, and how many steps there will have been."""
@@ -113,7 +119,5 @@ def _aligned(t: Tensor) -> Tensor:
 
 
 def _has_kernel(p: Tensor) -> bool:
-    if not HAS_TRITON:
-        return False
     part = local(p)
     return part.is_cuda and part.is_contiguous() and part.data_ptr() % 16 == 0

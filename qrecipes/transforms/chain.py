@@ -210,7 +210,8 @@ class Chain:
         return (
             f"transform {transform.name}: targets {list(config.targets)} less skip {list(config.skip)} "
             "select no plain linear layer that is still free; a transform must change at least one; "
-            f"the model has {len(linears)}{listed}"
+            f"the model has {len(linears)}{listed}; choose other targets, skip or settings, or remove the "
+            "transform"
         )
 
     def _explain(self, rows: list[LayerReceipt], linears: dict[str, nn.Linear | QuantLinear]) -> None:

@@ -18,7 +18,7 @@ How they are written is the optimizer's business: qrecipes.training.stored_weigh
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar
 
 import torch
 from pydantic import Field
@@ -31,6 +31,9 @@ from qrecipes.quant.primitives import as_matrix, bias_gradient
 from qrecipes.quant.stored_int8 import DTYPES, StoredInt8, dequantize_groups, plain_parts
 from qrecipes.transforms.base import Bounds, LinearTransform, TransformConfig, register
 from qrecipes.transforms.int8_devices import check_int8_device
+
+if TYPE_CHECKING:
+    from qrecipes.config.run import Run
 
 AnyLinear = TypeVar("AnyLinear", bound=nn.Linear)
 
@@ -190,6 +193,16 @@ class Int8Weights(LinearTransform[Int8WeightConfig]):
     def freezes_rest(self) -> bool:
         """No: it changes how the weights of its layers are stored, and everything trains as before."""
         return False
+
+    def check(self, run: Run) -> None:
+        """Refuse optimizers that keep the weights in high precision, too."""
+        optim = run.optim
+        if optim.copies_weights:
+            key, other = ("offload", '"none"') if optim.offload != "none" else ("name", "another optimizer")
+            raise ConfigError(
+                f"optim.{key}: {getattr(optim, key)!r} keeps float32 weights of its own, which gains nothing "
+                f"beside weights stored in INT8; set {key} to {other}, or remove int8_weights"
+            )
 
     def check_device(self, device: torch.device) -> None:
         """Raise ConfigError where the output is to be computed in INT8, not emulated, and `device` cannot."""

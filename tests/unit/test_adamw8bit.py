@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-
 import pytest
 import torch
+from compiling import compiled, needs_triton
 from interpreter import outcomes_of, run_checks
 from torchao.optim.adam import single_param_adam
 from torchao.optim.subclass_8bit import OptimState8bit
@@ -115,15 +114,12 @@ def check_nan_is_not_hidden() -> None:
     assert p[0].isfinite().all()
 
 
-@pytest.mark.skipif(find_spec("triton") is None, reason="needs the triton package, for its compiler")
+@needs_triton
 @pytest.mark.parametrize("quantized", [True, False])
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("p_type", ["fp32", "bf16"])
 def test_kernel_compiles_and_reads_several_values_at_a_time(p_type, capability, quantized):
     import triton.language as tl
-    from triton import compile
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
 
     from qrecipes.training.adamw8bit_kernels import BLOCK, ROWS, _adamw8bit_kernel
 
@@ -136,15 +132,9 @@ def test_kernel_compiles_and_reads_several_values_at_a_time(p_type, capability, 
         constants["seed_ptr"] = None
     types = {"table_ptr": "*i64", "owners_ptr": "*i32", "firsts_ptr": "*i32", "seed_ptr": "*i64"}
     types |= {"m_map_ptr": "*fp32", "v_map_ptr": "*fp32"}
-    names = [parameter.name for parameter in _adamw8bit_kernel.params]
-    signature = {name: "constexpr" if name in constants else types.get(name, "fp32") for name in names}
-    source = ASTSource(
-        _adamw8bit_kernel,
-        signature,
-        {(names.index(name),): value for name, value in constants.items()},
-        {(names.index(name),): [["tt.divisibility", 16]] for name in types if name not in constants},
-    )
-    kernel = compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 4})
+    numbers = ("lr", "kept", "beta1", "beta2", "eps", "correction1", "root_correction2")
+    types |= dict.fromkeys(numbers, "fp32")
+    kernel = compiled(_adamw8bit_kernel, capability, types, constants, num_warps=4)
     assert "ld.global.v4" in kernel.asm["ptx"] or "ld.global.v2" in kernel.asm["ptx"]
 
 
@@ -175,6 +165,39 @@ def test_on_the_cpu_the_step_is_torchaos():
         results.append((p.detach(), optimizer.state_dict()["state"][0]["exp_avg"].codes))
     for a, b in zip(*results, strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.fixture
+def no_kernel(monkeypatch):
+    """Only torchao's step can update, uncompiled."""
+    monkeypatch.setattr("qrecipes.training.adamw8bit.update_by_kernel", None)
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+def test_a_closure_that_makes_the_gradients_is_called_once_and_its_loss_returned(no_kernel):
+    p = torch.nn.Parameter(torch.ones(16, 256))
+    optimizer = FusedAdamW8bit([p], lr=1e-2, weight_decay=0.0)
+    calls = []
+
+    def closure():
+        calls.append(1)
+        (p * p).sum().backward()
+        return "loss"
+
+    assert optimizer.step(closure) == "loss"
+    assert len(calls) == 1
+    torch.testing.assert_close(p.detach(), torch.full((16, 256), 0.99))  # Adam's first step is the rate
+
+
+def test_blocks_that_the_kernel_does_not_know_are_left_to_torchao(no_kernel, monkeypatch):
+    monkeypatch.setattr("qrecipes.training.adamw8bit._has_kernel", lambda p: True)
+    p = torch.nn.Parameter(torch.ones(16, 512))
+    optimizer = FusedAdamW8bit([p], lr=1e-2, weight_decay=0.0, block_size=512)
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    torch.testing.assert_close(p.detach(), torch.full((16, 512), 0.99))
+    assert optimizer.state[p]["exp_avg"].block_size == 512
 
 
 if __name__ == "__main__":

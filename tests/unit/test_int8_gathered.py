@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -75,6 +76,19 @@ def test_what_ranks_send_is_the_whole_weight_quantized(rows, width, world, dtype
     assert (found.q.dtype, found.scale.dtype) == (torch.int8, torch.float32)
     assert int8_rows(nn.Parameter(found)) == (found.q, found.scale)
     assert int8_rows(weight) == (None, None)
+
+
+@pytest.mark.parametrize("stochastic_rounding", [False, True])
+@pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
+def test_a_weight_that_is_not_finite_shows_after_a_gather(poison, stochastic_rounding):
+    """In its output channel, through which it reaches the gradient of every input."""
+    how = {"stochastic_rounding": stochastic_rounding}
+    layer = swapped(nn.Linear(40, 23), **GATHERED, **how)
+    layer.weight.data[5, 7] = poison
+    layer._parameters["weight"] = nn.Parameter(gather(layer.weight.detach(), 2, stochastic_rounding))
+    found = products(layer, torch.randn(3, 40), torch.randn(3, 23))
+    assert (~torch.isfinite(found["output"])).all(0).tolist() == [n == 5 for n in range(23)]
+    assert not torch.isfinite(found["grad_input"]).any()
 
 
 def test_stochastic_rounding_draws_anew_each_gather():

@@ -194,6 +194,24 @@ def test_tile_scaled_product_is_that_of_dequantized_operands(M, N, K):
     assert torch.equal(tile_scaled_int8_mm_reference(a, b, a_scale, b_scale), result)
 
 
+def test_tile_scaled_sums_longer_than_int32_holds_are_not_wrapped():
+    """Each tile's sum is exact; float32 adds 1,041 equal ones with an error of at most 2**-24 each."""
+    K = LONG_K
+    a, b = (torch.full(shape, -128, dtype=torch.int8) for shape in ((2, K), (K, 3)))
+    ones = torch.ones(2, -(-K // 128)), torch.ones(-(-K // 128), 1)
+    wanted = torch.full((2, 3), K * 2.0**14)
+    torch.testing.assert_close(tile_scaled_int8_mm(a, b, *ones), wanted, rtol=K / 128 * 2.0**-24, atol=0)
+
+
+def test_tile_scales_that_are_not_finite_are_not_hidden():
+    a, b, a_scale, b_scale = tile_scaled_operands(3, 130, 300)
+    a_scale[1, 2], b_scale[0, 1] = float("nan"), float("inf")
+    result = tile_scaled_int8_mm(torch.zeros_like(a), b, a_scale, b_scale)
+    assert torch.isnan(result[1]).all()
+    assert torch.isnan(result[:, 128:]).all()
+    assert not result[[0, 2], :128].any()
+
+
 def test_tile_scaled_operator_satisfies_the_library_contract_and_refuses_other_scales():
     a, b, a_scale, b_scale = tile_scaled_operands(5, 6, 130)
     operator = torch.ops.qrecipes.tile_scaled_int8_mm.default
@@ -375,6 +393,28 @@ def check_tile_scaled():
         arguments = tile_scaled_operands(M, N, K)
         result = tile_scaled_int8_mm_triton(*arguments)
         assert torch.equal(result, tile_scaled_int8_mm_reference(*arguments)), (M, N, K)
+    for layout_a, layout_b in [("slice", "columns"), ("every other", "slice"), ("one row", "rows")]:
+        a, b, *_ = operands(21, 37, 145, layout_a, layout_b)
+        scales = torch.rand(42, 4)[::2, ::2], torch.randn(2, 1).bfloat16()
+        result = tile_scaled_int8_mm_triton(a, b, *scales)
+        assert torch.equal(result, tile_scaled_int8_mm_reference(a, b, *scales)), (layout_a, layout_b)
+
+
+def check_tile_scaled_is_not_finite_where_its_scales_are():
+    a, b, a_scale, b_scale = tile_scaled_operands(3, 130, 300)
+    a_scale[1, 2], b_scale[0, 1] = float("nan"), float("inf")
+    arguments = torch.zeros_like(a), b, a_scale, b_scale
+    result, wanted = tile_scaled_int8_mm_triton(*arguments), tile_scaled_int8_mm_reference(*arguments)
+    torch.testing.assert_close(result, wanted, rtol=0, atol=0, equal_nan=True)
+
+
+def check_scales_that_are_not_finite():
+    a, b, row, col = operands(20, 40, 33)
+    row[1], col[0, 2] = float("nan"), float("inf")
+    for tma in (False, True):
+        result = scaled_int8_mm_triton(torch.zeros_like(a), b, row, col, tiles=SMALL, tma=tma)
+        assert torch.isnan(result[1]).all()
+        assert torch.isnan(result[:, 2]).all()
 
 
 def check_long_sums():

@@ -6,11 +6,13 @@ The kernels run under Triton's interpreter, in a process of its own, so that no 
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from compiling import compiled, needs_triton
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from interpreter import outcomes_of, run_checks
@@ -164,6 +166,30 @@ def test_wrong_matrices_are_refused():
             function(torch.zeros(3))
         with pytest.raises(ValueError, match=r"x_MK: torch.int8 .* convert it"):
             function(torch.zeros(3, 3, dtype=torch.int8))
+
+
+@needs_triton
+@pytest.mark.parametrize("stochastic", [False, True])
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("name", ["rows", "columns"])
+def test_kernels_compile_to_wide_loads_and_two_fused_operations_a_quotient(name, capability, stochastic):
+    """Other fused operations would round where the reference does not, other divisions would take long."""
+    from qrecipes.quant import int8_quantize_kernels as kernels
+
+    types = {"x_ptr": "*bf16", "q_ptr": "*i8", "words_ptr": "*i32", "scale_ptr": "*fp32", "work_ptr": "*i32"}
+    types |= {"seed_ptr": "*i64", "M": "i32", "K": "i32", "LAG": "i32 any"}
+    types |= dict.fromkeys(("stride_xm", "stride_qm", "stride_words"), "i32")
+    rows, sizes = {"WHOLE": True, "BLOCK": 4096}, {"BLOCK_M": 128, "BLOCK_K": 64}
+    kernel, constants, elements, num_warps = {
+        "rows": (kernels._rows_kernel, rows, 4096, 8),
+        "columns": (kernels._columns_kernel, sizes, 128 * 64, 2),
+    }[name]
+    seed = {} if stochastic else {"seed_ptr": None}
+    options = {"num_warps": num_warps, "enable_fp_fusion": False}
+    ptx = compiled(kernel, capability, types, constants | seed, **options).asm["ptx"]
+    assert re.search(r"ld\.global\S*\.v4", ptx)
+    assert ptx.count("fma.rn.f32") == 2 * elements // (32 * num_warps)
+    assert ptx.count("div.rn.f32") == 2  # the scale and its reciprocal
 
 
 # What follows the next line runs in the process that `interpreted` starts, not here.

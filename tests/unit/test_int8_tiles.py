@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
-from importlib.util import find_spec
 
 import pytest
 import torch
+from compiling import SHARED_BYTES, compiled, needs_triton
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qrecipes.quant import int8_matmul, int8_tune
 from qrecipes.quant.device import DeviceLimits
 from qrecipes.quant.int8_tiles import (
+    TILES,
     TMA_TILES,
     Tiles,
     choose_tma_tiles,
@@ -181,48 +182,33 @@ def test_cache_folder_follows_the_environment(monkeypatch, tmp_path):
 
 def compiled_for_hopper(tiles: Tiles, output: str):
     """The TMA kernel as the launch specializes it for aligned operands and a bias in bfloat16."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     from qrecipes.quant.int8_kernels import _tma_kernel
 
-    constants = {
-        "SCALED": output != "i32",
-        "PROGRAMS": 132 * tiles.per_processor,
-        "GROUP_M": 8,
-        "BLOCK_M": tiles.block_m,
-        "BLOCK_N": tiles.block_n,
-        "BLOCK_K": tiles.block_k,
-        "row_stride": 1,
-        "col_stride": 1,
-        "bias_stride": 1,
-    }
+    constants = {"SCALED": output != "i32", "PROGRAMS": 132 * tiles.per_processor} | blocks_of(tiles)
     types = {
         "a_desc": f"tensordesc<i8[{tiles.block_m},{tiles.block_k}]>",
         "b_desc": f"tensordesc<i8[{tiles.block_n},{tiles.block_k}]>",
-        "out_ptr": f"*{output}",
-        "row_ptr": "*fp32",
-        "col_ptr": "*fp32",
-        "bias_ptr": "*bf16",
-        "M": "i32",
-        "N": "i32",
-        "K": "i32",
-    }
-    names = [parameter.name for parameter in _tma_kernel.params]
-    signature = {name: "constexpr" if name in constants else types[name] for name in names}
-    aligned = ("out_ptr", "row_ptr", "col_ptr", "bias_ptr", "M", "N", "K")
-    source = ASTSource(
-        _tma_kernel,
-        signature,
-        {(names.index(name),): value for name, value in constants.items()},
-        {(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
-    )
-    options = {"num_stages": tiles.num_stages, "num_warps": tiles.num_warps, "enable_fp_fusion": False}
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    } | types_of(output)
+    return compiled(_tma_kernel, 90, types, constants, **options_of(tiles))
 
 
-@pytest.mark.skipif(find_spec("triton") is None, reason="needs the triton package, for its compiler")
+def blocks_of(tiles: Tiles) -> dict[str, int]:
+    """Constants of a launch; scales and bias are contiguous."""
+    strides = dict.fromkeys(("row_stride", "col_stride", "bias_stride"), 1)
+    blocks = {"BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n, "BLOCK_K": tiles.block_k, "GROUP_M": 8}
+    return strides | blocks
+
+
+def types_of(output: str) -> dict[str, str]:
+    pointers = {"out_ptr": f"*{output}", "row_ptr": "*fp32", "col_ptr": "*fp32", "bias_ptr": "*bf16"}
+    return pointers | dict.fromkeys(("M", "N", "K"), "i32")
+
+
+def options_of(tiles: Tiles) -> dict[str, object]:
+    return {"num_stages": tiles.num_stages, "num_warps": tiles.num_warps, "enable_fp_fusion": False}
+
+
+@needs_triton
 @pytest.mark.parametrize("output", ["bf16", "fp32", "i32"])
 @pytest.mark.parametrize("tiles", TMA_TILES, ids=str)
 def test_compiled_kernel_needs_no_more_shared_memory_than_the_rule_says(tiles, output):
@@ -231,6 +217,39 @@ def test_compiled_kernel_needs_no_more_shared_memory_than_the_rule_says(tiles, o
     assert kernel.metadata.shared <= tma_shared_bytes(tiles, 2 if output == "bf16" else 4)
     assert "wgmma.mma_async" in kernel.asm["ptx"]
     assert "cp.async.bulk.tensor" in kernel.asm["ptx"]
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("tiles", "capability"), [*((pair[0], 80) for pair in TILES), (TILES[0][0], 90)], ids=str
+)
+def test_the_kernel_without_tma_uses_integer_tensor_cores_and_fits_where_the_rule_takes_it(tiles, capability):
+    """K-major operands, K no multiple of the block; the other tiles of a pair are the mirror image."""
+    from qrecipes.quant.int8_kernels import _pointer_kernel
+
+    constants = {"SCALED": True, "RAGGED_K": True, "stride_ak": 1, "stride_bk": 1} | blocks_of(tiles)
+    types = {"a_ptr": "*i8", "b_ptr": "*i8", "stride_am": "i32", "stride_bn": "i32"} | types_of("bf16")
+    kernel = compiled(_pointer_kernel, capability, types, constants, **options_of(tiles))
+    assert ("wgmma.mma_async" if capability == 90 else "mma.sync.aligned.m16n8k32") in kernel.asm["ptx"]
+    assert ".s32.s8.s8" in kernel.asm["ptx"]
+    assert kernel.metadata.shared <= tiles.shared_bytes
+
+
+@needs_triton
+@pytest.mark.parametrize("capability", [80, 90])
+def test_the_tile_scaled_kernel_fits_every_device_and_does_not_contract_its_sums(capability):
+    from qrecipes.quant.int8_kernels import _tile_scaled_kernel
+
+    constants = {"GROUP_M": 8, "BLOCK_M": 64, "TILE": 128}
+    constants |= dict.fromkeys(("stride_ak", "stride_bk", "stride_sak", "stride_sbn"), 1)
+    types = {"a_ptr": "*i8", "b_ptr": "*i8", "a_scale_ptr": "*fp32", "b_scale_ptr": "*fp32"}
+    types |= dict.fromkeys(("stride_am", "stride_bn"), "i32") | types_of("bf16")
+    types |= dict.fromkeys(("stride_sam", "stride_sbk"), "i32 any")
+    options = {"num_stages": 3, "num_warps": 8, "enable_fp_fusion": False}
+    kernel = compiled(_tile_scaled_kernel, capability, types, constants, **options)
+    assert kernel.metadata.shared <= SHARED_BYTES["RTX 4090"]
+    assert ".s32.s8.s8" in kernel.asm["ptx"]
+    assert "fma.rn.f32" not in kernel.asm["ptx"]
 
 
 def test_file_is_json_that_people_can_read(tmp_path):

@@ -13,6 +13,7 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torchao.quantization import quantize_
 
+from qrecipes.config.parse import load
 from qrecipes.errors import ConfigError
 from qrecipes.quant.primitives import sqnr_db
 from qrecipes.quant.stored_int8 import StoredInt8
@@ -285,6 +286,19 @@ def test_what_is_not_finite_propagates(setting, poison):
     assert torch.isfinite(layer(x)).all(1).tolist() == [True, True, False, True, True, True]
 
 
+@pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("setting", SETTINGS, ids=str)
+def test_a_weight_that_is_not_finite_shows_in_its_channel_and_every_gradient(setting, poison):
+    linear = nn.Linear(40, 24)
+    linear.weight.data[5, 7] = poison
+    found = products(swapped(linear, **setting), torch.randn(6, 40), torch.randn(6, 24))
+    assert (~torch.isfinite(found["output"])).all(0).tolist() == [n == 5 for n in range(24)]
+    size = setting.get("group_size", 40)
+    assert (~torch.isfinite(found["grad_input"])).all(0).tolist() == [
+        k // size == 7 // size for k in range(40)
+    ]
+
+
 def test_second_derivatives_are_refused():
     layer = swapped(nn.Linear(4, 3))
     x = torch.randn(2, 4, requires_grad=True)
@@ -332,6 +346,25 @@ def test_autocast_and_other_types_are_refused():
         pytest.raises(ValueError, match=r"under autocast, .*; leave autocast out, and choose .* model.dtype"),
     ):
         layer(torch.randn(2, 4, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (
+            ['optim.name="schedule_free_adamw"', 'schedule.kind="constant"'],
+            r"optim\.name: 'schedule_free_adamw' keeps float32 .* set name to another optimizer, or",
+        ),
+        (
+            ['optim.offload="state"'],
+            r"optim\.offload: 'state' keeps float32 .* set offload to \"none\"",
+        ),
+    ],
+    ids=["schedule_free_adamw", "offload"],
+)
+def test_optimizers_with_weights_of_their_own_are_refused_before_a_model_is_built(overrides, said):
+    with pytest.raises(ConfigError, match=said):
+        load("tiny/llm_int8_weights", overrides)
 
 
 def test_a_weight_that_two_modules_hold_is_refused():

@@ -6,11 +6,11 @@ device rounds.
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from unittest import mock
 
 import pytest
 import torch
+from compiling import compiled, needs_triton
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from interpreter import outcomes_of, run_checks
@@ -75,33 +75,20 @@ compiled_cases = pytest.mark.parametrize(
     COMPILED,
     ids=[f"{c.rounding.storage}-{0 if c.a is None else c.a.shape[1]}-sm_{sm}" for c, _, sm in COMPILED],
 )
-needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="needs the triton package")
 
 
-def compiled(kernel, case: Case, capability: int, pointers: dict, constants: dict, num_stages: int):
+def compiled_case(kernel, case: Case, capability: int, pointers: dict, constants: dict, num_stages: int):
     """A kernel as its launch specializes it for aligned tensors."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     from qrecipes.quant import low_rank_kernels as kernels
 
     constants = kernels._constants(case.rounding, case.a, kernels.tiles_of(case.rounding)) | constants
     pointers = dict(zip(("phi", "a", "b", "scale", "zero"), case[:5], strict=True)) | pointers
-    types = {f"{name}_ptr": None if t is None else POINTERS[t.dtype] for name, t in pointers.items()}
-    constants |= {name: None for name, kind in types.items() if kind is None}
-    types |= dict.fromkeys(("N", "K", "R", "phi_stride", "blocks_of_split"), "i32") | {"scaling": "fp32"}
-    names = [parameter.name for parameter in kernel.params]
-    signature = {name: "constexpr" if name in constants else types[name] for name in names}
-    aligned = [n for n in names if n not in constants and n not in ("scaling", "blocks_of_split")]
-    source = ASTSource(
-        kernel,
-        signature,
-        {(names.index(name),): value for name, value in constants.items() if name in names},
-        {(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
-    )
+    types = {f"{name}_ptr": POINTERS[t.dtype] for name, t in pointers.items() if t is not None}
+    constants |= {f"{name}_ptr": None for name, t in pointers.items() if t is None}
+    types |= dict.fromkeys(("N", "K", "R", "phi_stride"), "i32")
+    types |= {"blocks_of_split": "i32 any", "scaling": "fp32"}
     options = {"num_warps": kernels.NUM_WARPS, "num_stages": num_stages, "enable_fp_fusion": False}
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    return compiled(kernel, capability, types, constants, **options)
 
 
 def multiplies_as_it_should(ptx: str, case: Case, capability: int) -> bool:
@@ -118,7 +105,7 @@ def test_weights_compile_without_contracted_sums(case, dtype, capability):
     from qrecipes.quant import low_rank_kernels as kernels
 
     out = torch.empty(0, dtype=dtype)
-    kernel = compiled(
+    kernel = compiled_case(
         kernels._weight_kernel, case, capability, {"out": out}, {"TRANSPOSED": False, "ROUNDED": False}, 3
     )
     ptx = kernel.asm["ptx"]
@@ -141,7 +128,7 @@ def test_gradients_fit_the_shared_memory_of_a_block(case, dtype, capability):
         case = case._replace(phi=torch.empty(0, dtype=torch.bfloat16))
     bound = H100 if capability == 90 else RTX4090
     stages = kernels.num_stages(grad, kernels.Operands(*case[:5]), constants, bound)
-    kernel = compiled(kernels._grads_kernel, case, capability, pointers, constants, stages)
+    kernel = compiled_case(kernels._grads_kernel, case, capability, pointers, constants, stages)
     assert kernel.metadata.shared <= bound
     assert multiplies_as_it_should(kernel.asm["ptx"], case, capability)
     assert not {"atom.", "red."} & {word[:4] for word in kernel.asm["ptx"].split()}

@@ -99,16 +99,31 @@ def test_launchers_are_made_once_for_each_set_of_constants_and_options(recorder)
     assert first.named == {"BLOCK": 1, "KIND": "a", "num_warps": 1}
 
 
-def test_hooks_that_wait_for_launches_are_not_passed_over(recorder, monkeypatch):
+@pytest.mark.parametrize("name", ["launch_enter_hook", "launch_exit_hook"])
+def test_hooks_that_wait_for_launches_are_not_passed_over(recorder, name):
     launch = Launcher(recorder, {})
     launch(1, 7)
     hook = lambda metadata: None  # noqa: E731
-    triton.knobs.runtime.launch_enter_hook.add(hook)
+    chain = getattr(triton.knobs.runtime, name)
+    chain.add(hook)
     try:
         launch(1, 7)
     finally:
-        triton.knobs.runtime.launch_enter_hook.remove(hook)
+        chain.remove(hook)
     assert len(recorder.bound) == 2
+    launch(1, 7)
+    assert len(recorder.run_with) == 1
+
+
+def test_every_device_has_a_kernel_of_its_own_and_launches_on_its_current_stream(recorder, monkeypatch):
+    launch = Launcher(recorder, {})
+    driver = triton.runtime.driver.active
+    for device in (0, 1, 0, 1):
+        monkeypatch.setattr(driver, "get_current_device", lambda device=device: device)
+        monkeypatch.setattr(driver, "get_current_stream", lambda device: f"stream of {device}")
+        launch(1, 7)
+    assert len(recorder.bound) == 2
+    assert [arguments[3] for arguments in recorder.run_with] == ["stream of 0", "stream of 1"]
 
 
 def test_versions_of_triton_that_were_not_tried_bind_every_time(recorder, monkeypatch):
