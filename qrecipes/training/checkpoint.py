@@ -6,8 +6,8 @@ tensors, whatever the number of ranks; `rank_00000.safetensors` holds what is a 
 tensors made of several parts (quantized optimizer states, whose blocks follow the sharding). Parameters that
 training cannot change are apart, once for all checkpoints or not at all (`constants`). The model is as
 it is judged and exported, where an optimizer tells such weights from those that are trained. `state.json`
-comes last, with the step, the data position, the size and CRC-32 of every file, and what of the run must be
-equal to resume. Nothing is pickled.
+comes last, with the step, the kind of device, the data position, the size and CRC-32 of every file, and what
+of the run must be equal to resume. Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from qrecipes.errors import CheckpointError
 from qrecipes.parallel.process import Process
 from qrecipes.quant.sharded import is_composite, parts, whole, write_whole_
 from qrecipes.training import constants
+from qrecipes.training.device_kind import kind_of
 from qrecipes.training.optimizer_verbs import evaluation_weights, training_weights_
 
 if TYPE_CHECKING:
@@ -216,6 +217,7 @@ def _publish(
         "format": FORMAT,
         "step": step,
         "world": process.world,
+        "device": kind_of(process.device),
         "data": data_state,
         "frozen": frozen,
         "fingerprint": fingerprint(run, process.world),

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from qrecipes.models.activation_points import activation_points
@@ -106,7 +107,7 @@ class ActivationQuantization(Transform[ActivationQuantizationConfig]):
         """Without its quantizers the model is another: differences are reported, and none is too large."""
         return MergeBounds(float64=math.inf)
 
-    def finalize(self, model: nn.Module) -> nn.Module:
+    def finalize(self, model: nn.Module, device: torch.device | None = None) -> nn.Module:
         """Take the quantizers out."""
         return remove_activation_quantizers(model, self.config.scheme.pattern)
 

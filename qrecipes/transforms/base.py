@@ -4,6 +4,7 @@ step."""
 from __future__ import annotations
 
 import abc
+import copy
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -264,9 +265,18 @@ class Transform(abc.ABC, Generic[C]):
     def after_backward(self, ctx: StepContext) -> None:
         """Called after the last backward pass of an optimizer step, before clipping and the update."""
 
+    @property
+    def merge_differs(self) -> str | None:
+        """What of a layer that `finalize` makes can depend on the kind of device that computes it, where
+        training computes the same; None where nothing does."""
+        return None
+
     @abc.abstractmethod
-    def finalize(self, model: nn.Module) -> nn.Module:
-        """Turn this method's layers into `nn.Linear` or `QuantLinear`, in place where possible."""
+    def finalize(self, model: nn.Module, device: torch.device | None = None) -> nn.Module:
+        """Turn this method's layers into `nn.Linear` or `QuantLinear`, in place where possible.
+
+        What they become is computed on `device`, a layer at a time, and put where the layer was; None: there.
+        """
 
 
 REGISTRY: dict[str, type[Transform]] = {}
@@ -354,15 +364,23 @@ class LinearTransform(Transform[C]):
         """Every `Layer` of the model."""
         return {fqn: module for fqn, module in model.named_modules() if isinstance(module, self.Layer)}
 
-    def finalize(self, model: nn.Module) -> nn.Module:
+    def finalize(self, model: nn.Module, device: torch.device | None = None) -> nn.Module:
         """Replace every `Layer` by what its `merged()` gives."""
         for fqn, layer in self.layers(model).items():
-            merged = layer.merged()  # type: ignore[operator]
+            merged = _merged_on(layer, device)
             merged.train(layer.training)
             if not fqn:
                 return merged
             model.set_submodule(fqn, merged)
         return model
+
+
+def _merged_on(layer: nn.Module, device: torch.device | None) -> nn.Module:
+    """What a layer's `merged()` gives on `device`, where the layer is; the layer stays as it is."""
+    home = next(layer.parameters()).device
+    if device is None or home.type == "meta" or home == device:
+        return layer.merged()  # type: ignore[operator]
+    return copy.deepcopy(layer).to(device).merged().to(home)  # type: ignore[operator]
 
 
 def named_linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear | QuantLinear]]:

@@ -331,6 +331,12 @@ class LRQAT(QATTransform):
                 f"{site.in_features} can have; use at most {most}, or add {fqn!r} to skip"
             )
 
+    @property
+    def merge_differs(self) -> str | None:
+        """The product A B, by the order in which it is summed."""
+        rank = cast(LRQATConfig, self.config).rank
+        return "integers next to a half may differ by a level from those of training" if rank else None
+
     def param_groups(self, model: nn.Module) -> list[ParamGroup]:
         """A and B, and what the grid has."""
         layers = cast("list[LRQATLinear]", list(self.layers(model).values()))

@@ -340,7 +340,7 @@ class QATTransform(LinearTransform[Any]):
             for fqn, layer in self.layers(ctx.model).items():
                 check_scales(fqn, cast(QATLinear, layer))
 
-    def finalize(self, model: nn.Module) -> nn.Module:
+    def finalize(self, model: nn.Module, device: torch.device | None = None) -> nn.Module:
         """As of every method; keys and values stay quantized, as they were in training.
 
         Raises:
@@ -351,6 +351,6 @@ class QATTransform(LinearTransform[Any]):
             check_scales(fqn or "the layer", cast(QATLinear, layer))
         scheme = self.config.kv_scheme()
         if not layers or scheme is None:
-            return super().finalize(model)
+            return super().finalize(model, device)
         remove_activation_quantizers(model, tuple(scheme.pattern))  # some are on layers that are replaced
-        return self._quantize_attention(super().finalize(model))
+        return self._quantize_attention(super().finalize(model, device))
