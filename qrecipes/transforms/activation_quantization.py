@@ -55,6 +55,7 @@ class ActivationQuantizationConfig(TransformConfig):
     """Which of q, k, v and ao have a grid a head instead of one a token; LR-QAT's code has ao alone."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.scheme  # noqa: B018 - raises where keys contradict each other
 
     @property

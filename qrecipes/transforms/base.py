@@ -7,9 +7,22 @@ import abc
 import copy
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, TypeVar
+from types import NoneType, UnionType
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    ClassVar,
+    Generic,
+    Literal,
+    NamedTuple,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 import torch
 from pydantic import ConfigDict
@@ -43,6 +56,17 @@ class TransformConfig(AOBaseConfig):
 
     free_on_resume: ClassVar[tuple[str, ...]] = ()
     """Fields that a run may change when it resumes from a checkpoint; the others must be equal."""
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError where a field is none of its choices, or no whole number, which TOML is held to
+        before it comes here; a method's own rules come after."""
+        for name, hint in _hints(type(self)).items():
+            value = getattr(self, name)
+            rules = [_broken_rule(value, kind) for kind in _alternatives(hint)]
+            if all(rules):
+                raise ConfigError(
+                    f"{_method_of(type(self))}.{name}: {value!r} {' and '.join(filter(None, rules))}"
+                )
 
     def fingerprint(self) -> dict[str, Any]:
         """The method and every field that must be equal for a checkpoint to fit a run."""
@@ -280,6 +304,32 @@ class Transform(abc.ABC, Generic[C]):
 
 
 REGISTRY: dict[str, type[Transform]] = {}
+
+
+def _hints(cls: type[TransformConfig]) -> dict[str, Any]:
+    """The types of a configuration's fields."""
+    hints = get_type_hints(cls)
+    return {part.name: hints[part.name] for part in fields(cls)}
+
+
+def _alternatives(hint: Any) -> tuple[Any, ...]:
+    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+
+
+def _broken_rule(value: object, kind: Any) -> str | None:
+    """What `value` is not, of the kinds whose wrong values would pass for others: choices, whole numbers."""
+    if get_origin(kind) is Literal:
+        choices = get_args(kind)
+        return None if value in choices else f"is not one of {', '.join(map(str, choices))}"
+    if kind is int:
+        return None if isinstance(value, int) and not isinstance(value, bool) else "is no whole number"
+    if kind is NoneType:
+        return None if value is None else "is not left out"
+    return None
+
+
+def _method_of(config: type[TransformConfig]) -> str:
+    return next((name for name, cls in REGISTRY.items() if cls.Config is config), config.__name__)
 
 
 def register(name: str) -> Callable[[type[Transform]], type[Transform]]:

@@ -76,7 +76,7 @@ class LRQATConfig(QATConfig):
         try:
             self.rounding(self.group_size or 1)
         except ValueError as error:
-            raise ConfigError(f"{where}.storage: {error}") from error
+            raise ConfigError(f"{where}.storage: {str(error).removeprefix('LowRankRounding.')}") from error
         if self.init == "loftq" and (self.storage != "int4" or self.rank == 0):
             raise ConfigError(
                 f"{where}.init: 'loftq' puts into A and B what integers lose, and storage is "

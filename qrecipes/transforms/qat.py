@@ -25,6 +25,7 @@ from qrecipes.models.activation_quantizers import (
     insert_activation_quantizers,
     remove_activation_quantizers,
 )
+from qrecipes.quant.activations import MAX_BITS, MIN_BITS
 from qrecipes.quant.affine import AffineGrid
 from qrecipes.quant.input_linear import InputFormat, QuantInputLinear, check_integer_weight
 from qrecipes.quant.learned_grid import (
@@ -118,11 +119,12 @@ class QATConfig(TransformConfig):
         raise NotImplementedError
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         where = self.where
         try:
             format = self.format
         except ValueError as error:
-            raise ConfigError(f"{where}: {error}") from error
+            raise ConfigError(f"{where}.{str(error).removeprefix('AffineFormat.')}") from error
         if not LEAST_POWER <= self.p <= GREATEST_POWER:
             raise ConfigError(f"{where}.p: {self.p}; use {LEAST_POWER:g} to {GREATEST_POWER:g}")
         for key in ("scale_lr", "zero_lr"):
@@ -134,19 +136,29 @@ class QATConfig(TransformConfig):
         except ConfigError as error:
             raise ConfigError(f"{where}.kv_bits: {error}") from error
         if self.activation_bits is None:
-            for key, default in (("integer_forward", False), ("activation_skip", ())):
+            without = (("integer_forward", False), ("activation_skip", ()), ("activation_symmetric", True))
+            for key, default in without:
                 if getattr(self, key) != default:
                     raise ConfigError(
                         f"{where}.{key}: {getattr(self, key)!r}, but inputs are not quantized; set "
                         f"activation_bits, such as 8, or leave {key} out"
                     )
             return
+        if not MIN_BITS <= self.activation_bits <= MAX_BITS:
+            raise ConfigError(
+                f"{where}.activation_bits: {self.activation_bits}; use {MIN_BITS} to {MAX_BITS}"
+            )
+        if not self.integer_forward:
+            return
+        if not self.activation_symmetric:
+            raise ConfigError(
+                f"{where}.integer_forward: true, but asymmetric inputs have a zero point, which the integer "
+                "product does not subtract; set activation_symmetric = true, or leave integer_forward out"
+            )
         try:
-            self.input_format()
-            if self.integer_forward:
-                check_integer_weight(format, "integer_forward")
+            check_integer_weight(format, f"{where}.integer_forward")
         except ValueError as error:
-            raise ConfigError(f"{where}: {error}") from error
+            raise ConfigError(str(error)) from error
 
     @property
     def format(self) -> TrainedFormat:
