@@ -16,7 +16,7 @@ import json
 import os
 import shutil
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -309,7 +309,10 @@ def _damaged(folder: Path, what: str) -> CheckpointError:
 def check_fits(folder: Path, state: dict[str, Any], run: Run, process: Process) -> None:
     """Raise CheckpointError where a checkpoint belongs to a run of another shape, with every differing
     key."""
-    wanted, found = fingerprint(run, process.world), state["fingerprint"]
+    both = fingerprint(run, process.world), state["fingerprint"]
+    wanted, found = (_comparable(shape, fields=False) for shape in both)
+    if wanted["transform"] == found["transform"]:
+        wanted, found = (_comparable(shape, fields=True) for shape in both)
     differing = [
         f"{key} is {found.get(key)!r} there, {wanted.get(key)!r} here"
         for key in dict.fromkeys([*wanted, *found])
@@ -320,6 +323,16 @@ def check_fits(folder: Path, state: dict[str, Any], run: Run, process: Process) 
             f"{folder}: belongs to another run: {'; '.join(differing)}; resume needs them equal; "
             "set another `output` to start anew"
         )
+
+
+def _comparable(fingerprint: Mapping[str, Any], *, fields: bool) -> dict[str, Any]:
+    """With the methods of its transforms, or a key for each of their fields."""
+    flat, transforms = dict(fingerprint), fingerprint.get("transform", [])
+    flat["transform"] = [described["method"] for described in transforms]
+    if fields:
+        for index, described in enumerate(transforms):
+            flat |= {f"transform.{index}.{key}": value for key, value in described.items()}
+    return flat
 
 
 def restore(

@@ -313,7 +313,11 @@ class QATTransform(LinearTransform[Any]):
         try:
             return insert_activation_quantizers(model, scheme)
         except ConfigError as error:
-            raise ConfigError(f"{self.name}.kv_bits: {error}") from error
+            reason, _, _ = str(error).partition(";")  # the rest tells of keys that are not here
+            raise ConfigError(
+                f"{self.name}.kv_bits: {reason}; leave kv_bits out, and add the transform "
+                "of activations, with a pattern that this model has"
+            ) from error
 
     def bounds(self) -> Bounds:
         """As far off as the grid of the weights is, or that of the inputs where it is coarser."""

@@ -13,7 +13,10 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from qrecipes.config.run import ModelSection
 from qrecipes.errors import ConfigError, TrainingError
+from qrecipes.models.activation_quantizers import activation_quantizers
+from qrecipes.models.build import build
 from qrecipes.quant.affine import AffineGrid, quantize_affine
 from qrecipes.quant.formats import AffineFormat, NF4Format
 from qrecipes.quant.input_linear import QuantInputLinear
@@ -575,3 +578,21 @@ def test_grid_of_the_merged_layer_is_the_stored_one():
 def test_parameters_are_contiguous_as_fsdp2_wants_them(init):
     layer = LRQATLinear.from_linear(nn.Linear(64, 48), LRQATConfig(storage="int4", rank=8, init=init))
     assert all(p.is_contiguous() for p in layer.parameters())
+
+
+def test_attention_without_a_hook_is_named_with_a_remedy_that_exists():
+    """Keys and values alone need none; queries and keys after rotation do."""
+    sizes = {"vocab_size": 64, "num_layers": 1, "num_heads": 4, "num_kv_heads": 2, "embed_dim": 32}
+    sizes |= {"intermediate_dim": 64, "max_seq_len": 32, "head_dim": 8}
+    section = ModelSection(source="torchtune:gemma2.gemma2", args=sizes)
+
+    def swapped(**config) -> nn.Module:
+        model = build(section, dtype=torch.float32)
+        return Chain.from_configs([LRQATConfig(rank=4, kv_bits=4, **config)]).swap(model)
+
+    assert len(activation_quantizers(swapped())) == 2
+    message = (
+        r"lr_qat.kv_bits: layers.0.attn: Gemma2Attention has no hook for qe: [^;]*; leave kv_bits out, and"
+    )
+    with pytest.raises(ConfigError, match=message):
+        swapped(activation_bits=8)
