@@ -45,7 +45,7 @@ class Inert(Transform):
     def bounds(self) -> Bounds:
         return Bounds(None, None, None)
 
-    def finalize(self, model: nn.Module) -> nn.Module:
+    def finalize(self, model: nn.Module, device: torch.device | None = None) -> nn.Module:
         return model
 
 

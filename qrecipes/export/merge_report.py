@@ -74,6 +74,8 @@ class MergeReport:
     perplexity_bound: float
     integer_zeros: HeldOut | None
     """What a runtime would measure that takes only integer zero points; None where no layer has others."""
+    note: str | None = None
+    """What may differ from the model that trained, since it was merged on another kind of device."""
 
     def faults(self) -> list[str]:
         """What is worse than its bound."""
@@ -119,19 +121,23 @@ class MergeReport:
         return line
 
 
-def merge_report(model: nn.Module, chain: Chain, batches: Iterable[Batch]) -> MergeReport:
+def merge_report(
+    model: nn.Module, chain: Chain, batches: Iterable[Batch], device: torch.device | None = None
+) -> MergeReport:
     """Compare `model`, swapped and trained, with what `chain.finalize` makes of it; it is left as it is.
+
+    On held-out data the finalized model is that which layers become on `device`; None: where they are.
 
     Raises:
         ExportError: if there is no batch with a target.
     """
-    device = next(model.parameters()).device
+    home = next(model.parameters()).device
     held_out = [batch for batch in islice(batches, HELD_OUT_BATCHES) if batch.count()]
     if not held_out:
         raise ExportError(
             "merge report: there is no held-out batch with a target; give the run held-out data"
         )
-    sample = held_out[0].head(ROWS, TOKENS).to(device)
+    sample = held_out[0].head(ROWS, TOKENS).to(home)
     was_training, bounds = model.training, chain.merge_bounds()
     model.eval()
     try:
@@ -141,13 +147,13 @@ def merge_report(model: nn.Module, chain: Chain, batches: Iterable[Batch]) -> Me
                 for field, bound in zip(fields(MergeBounds), astuple(bounds), strict=True)
                 if field.name in TYPES
             }
-            merged = chain.finalize(sharing_parameters(model)).eval()
+            merged = chain.finalize(sharing_parameters(model), device).eval()
             models = [model, merged]
             if any(has_float_zeros(module) for module in merged.modules()):
                 rounded = sharing_parameters(merged)
                 round_zeros_(rounded)
                 models.append(rounded)
-            targets, found = _held_out(models, held_out, device)
+            targets, found = _held_out(models, held_out, home)
     finally:
         model.train(was_training)
     before, after = found[:2]

@@ -18,7 +18,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -42,6 +42,7 @@ from qrecipes.quant.formats import format_from_json, format_to_json
 from qrecipes.quant.linear import QuantLinear
 from qrecipes.quant.sharded import is_composite
 from qrecipes.training import checkpoint, constants
+from qrecipes.training.device_kind import device_of, kind_of
 from qrecipes.training.output import RUN_FILE, read_run
 from qrecipes.training.seed import seed_building
 from qrecipes.transforms.chain import Chain
@@ -69,13 +70,17 @@ def load_run(
 ) -> tuple[nn.Module, Run]:
     """The finalized model of a run's newest checkpoint, or of the one after `step` steps, in evaluation mode.
 
+    Where bits depend on it, layers are merged on the kind of device that trained them, if there is one; if
+    not, stderr says so.
+
     Raises:
         ConfigError: if `output` is no run folder.
         ExportError: if there is no such checkpoint.
         CheckpointError: if it is damaged.
     """
-    model, chain, run = load_swapped(output, step=step, device=device)
-    return chain.finalize(model).eval(), run
+    trained = _open_checkpoint(output, step, device)
+    merging = _merging(trained, output)
+    return trained.chain.finalize(trained.model, merging.device).eval(), trained.run
 
 
 def load_swapped(
@@ -83,6 +88,49 @@ def load_swapped(
 ) -> tuple[nn.Module, Chain, Run]:
     """The model of a run's checkpoint as it trained, in evaluation mode, with its transforms; raises as
     `load_run`."""
+    trained = _open_checkpoint(output, step, device)
+    return trained.model, trained.chain, trained.run
+
+
+class _Trained(NamedTuple):
+    """What a checkpoint holds."""
+
+    model: nn.Module
+    chain: Chain
+    run: Run
+    kind: str | None
+    """The kind of device that it trained on; None where that is not on record."""
+
+
+class _Merging(NamedTuple):
+    """Where layers become what they are in the finished model."""
+
+    device: torch.device | None
+    """None: where they are."""
+    note: str | None = None
+    """What may differ from the model that trained."""
+
+
+def _merging(trained: _Trained, output: str | Path) -> _Merging:
+    """A device of the kind that trained, where it matters; says on stderr where there is none."""
+    differs = trained.chain.merge_differs
+    if differs is None:
+        return _Merging(None)
+    device = None if trained.kind is None else device_of(trained.kind)
+    if device is not None:
+        return _Merging(device)
+    home = kind_of(next(trained.model.parameters()).device)
+    trainer = "a kind of device that is not on record" if trained.kind is None else trained.kind
+    note = f"trained on {trainer} and merged on {home}: {differs}"
+    print(
+        f"note: {output}: {note}; for equal bits, use a machine with such a device",
+        file=sys.stderr,
+    )
+    return _Merging(None, note)
+
+
+def _open_checkpoint(output: str | Path, step: int | None, device: str | torch.device) -> _Trained:
+    """A run's checkpoint; raises as `load_run`."""
     output = Path(output)
     run = read_run(output)
     available = checkpoint.list_checkpoints(output)
@@ -104,7 +152,7 @@ def load_swapped(
         model, chain = _swapped_empty(run, _stored_dtype(files, run.model), device)
         _materialize_(model, device)
     checkpoint.load_model(wanted[0], state, model, _ALONE)
-    return model.eval(), chain, run
+    return _Trained(model.eval(), chain, run, state.get("device"))
 
 
 def _build_empty(section: ModelSection, dtype: torch.dtype, device: str | torch.device) -> nn.Module:
@@ -444,17 +492,20 @@ def export_run(
     `huggingface` is true, `destination/huggingface`; and with `peft`, the adapters in `destination/peft`.
     Where the run has transforms, `destination/merge_report.json` compares the model before and after they
     are merged, on `held_out`, by default the run's own; with `check_merge`, a merge worse than its method's
-    bounds is refused before anything is written.
+    bounds is refused before anything is written. Layers are merged where `load_run` merges them; the report
+    has a note where that is another kind of device than trained.
 
     Raises:
         ExportError: if there is nothing to export, the reloaded tensors differ, or the merge is worse than
         its bounds or cannot be measured.
     """
     destination = Path(destination) if destination is not None else Path(output) / "export"
-    model, chain, run = load_swapped(output, step=step)
-    report = _merge_report(model, chain, run, destination, held_out, check_merge)
+    trained = _open_checkpoint(output, step, "cpu")
+    merging = _merging(trained, output)
+    model, chain, run, _ = trained
+    report = _merge_report(trained, merging, destination, held_out, check_merge)
     adapted = sharing_parameters(model)
-    model = chain.finalize(model).eval()
+    model = chain.finalize(model, merging.device).eval()
     written = [save(model, run, destination)]
     if report is not None:
         path = destination / MERGE_REPORT
@@ -478,18 +529,19 @@ def export_run(
 
 
 def _merge_report(
-    model: nn.Module,
-    chain: Chain,
-    run: Run,
+    trained: _Trained,
+    merging: _Merging,
     destination: Path,
     held_out: Iterable[Batch] | None,
     check: bool,
 ) -> MergeReport | None:
     """The comparison, None where nothing was swapped, or where it may be left out and there is no data."""
+    model, chain, run, _ = trained
     if not chain.transforms:
         return None
     try:
-        report = merge_report(model, chain, _held_out(run) if held_out is None else held_out)
+        batches = _held_out(run) if held_out is None else held_out
+        report = replace(merge_report(model, chain, batches, merging.device), note=merging.note)
     except (ConfigError, DataError, ExportError) as error:
         if not check:
             print(f"note: the merge was not measured: {error}", file=sys.stderr)

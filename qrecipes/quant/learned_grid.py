@@ -94,8 +94,11 @@ def to_parameter(scale_NG: Tensor, domain: Domain) -> Tensor:
 
 
 def to_scale(parameter_NG: Tensor, domain: Domain, gradient_factor: float = 1.0) -> Tensor:
-    """The scales that parameters stand for, at least `SCALE_FLOOR`; their gradients times a factor."""
-    scale = parameter_NG.exp() if domain == "log" else parameter_NG
+    """The scales that parameters stand for, at least `SCALE_FLOOR`; their gradients times a factor.
+
+    Exponentials are taken in float64 and rounded once, so that all devices, and compiled code, give the same.
+    """
+    scale = parameter_NG.double().exp().to(parameter_NG.dtype) if domain == "log" else parameter_NG
     scale = torch.where(scale <= SCALE_FLOOR, SCALE_FLOOR, scale)  # NaN stays
     if gradient_factor != 1.0:
         # the difference is exactly zero: only the gradient is scaled

@@ -18,9 +18,12 @@ Gradients, for g = dL/dW_hat and M = [rnd(Z) within the levels], with rnd passed
     ds = sum of g * (Q - z)  dz = -s * sum of g, over the scale's group; dz is 0 where rnd(z) is clipped
 
 On CUDA Triton kernels compute all of this, with one division into tiles: W_hat, Q and M come from the same
-bits of Z. Those can differ from the reference's in `low_rank_reference.py` by the order in which A B is
-summed, and so Q differs where Z is within a few units in its last place of a half: at rank 32 at none or one
-of four million weights. Where A B is 0, nothing differs. Fuse weights on the device that trained them.
+bits of Z. Those can differ from the reference's in `low_rank_reference.py` by how A B is summed alone, which
+tensor cores do in an order and with roundings of their generation; the products, sums and roundings around it
+are the same float32 operations. So Q differs where Z is within a few units in its last place of a half: at
+rank 32 at none or one of four million weights. Where A B is 0, nothing differs. Weights are fused on the kind
+of device that trained them (`Transform.merge_differs`): a sum in one order for all, without tensor cores,
+would take some 64 instructions a weight at rank 32, in each of four passes of a step.
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@ tensors, whatever the number of ranks; `rank_00000.safetensors` holds what is a 
 tensors made of several parts (quantized optimizer states, whose blocks follow the sharding). Parameters that
 training cannot change are apart, once for all checkpoints or not at all (`constants`). The model is as
 it is judged and exported, where an optimizer tells such weights from those that are trained. `state.json`
-comes last, with the step, the data position, the size and CRC-32 of every file, and what of the run must be
-equal to resume. Nothing is pickled.
+comes last, with the step, the kind of device, the data position, the size and CRC-32 of every file, and what
+of the run must be equal to resume. Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import json
 import os
 import shutil
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -31,6 +31,7 @@ from qrecipes.errors import CheckpointError
 from qrecipes.parallel.process import Process
 from qrecipes.quant.sharded import is_composite, parts, whole, write_whole_
 from qrecipes.training import constants
+from qrecipes.training.device_kind import kind_of
 from qrecipes.training.optimizer_verbs import evaluation_weights, training_weights_
 
 if TYPE_CHECKING:
@@ -216,6 +217,7 @@ def _publish(
         "format": FORMAT,
         "step": step,
         "world": process.world,
+        "device": kind_of(process.device),
         "data": data_state,
         "frozen": frozen,
         "fingerprint": fingerprint(run, process.world),
@@ -307,7 +309,10 @@ def _damaged(folder: Path, what: str) -> CheckpointError:
 def check_fits(folder: Path, state: dict[str, Any], run: Run, process: Process) -> None:
     """Raise CheckpointError where a checkpoint belongs to a run of another shape, with every differing
     key."""
-    wanted, found = fingerprint(run, process.world), state["fingerprint"]
+    both = fingerprint(run, process.world), state["fingerprint"]
+    wanted, found = (_comparable(shape, fields=False) for shape in both)
+    if wanted["transform"] == found["transform"]:
+        wanted, found = (_comparable(shape, fields=True) for shape in both)
     differing = [
         f"{key} is {found.get(key)!r} there, {wanted.get(key)!r} here"
         for key in dict.fromkeys([*wanted, *found])
@@ -318,6 +323,16 @@ def check_fits(folder: Path, state: dict[str, Any], run: Run, process: Process) 
             f"{folder}: belongs to another run: {'; '.join(differing)}; resume needs them equal; "
             "set another `output` to start anew"
         )
+
+
+def _comparable(fingerprint: Mapping[str, Any], *, fields: bool) -> dict[str, Any]:
+    """With the methods of its transforms, or a key for each of their fields."""
+    flat, transforms = dict(fingerprint), fingerprint.get("transform", [])
+    flat["transform"] = [described["method"] for described in transforms]
+    if fields:
+        for index, described in enumerate(transforms):
+            flat |= {f"transform.{index}.{key}": value for key, value in described.items()}
+    return flat
 
 
 def restore(

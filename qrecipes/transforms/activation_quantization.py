@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from qrecipes.models.activation_points import activation_points
@@ -54,6 +55,7 @@ class ActivationQuantizationConfig(TransformConfig):
     """Which of q, k, v and ao have a grid a head instead of one a token; LR-QAT's code has ao alone."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.scheme  # noqa: B018 - raises where keys contradict each other
 
     @property
@@ -106,7 +108,7 @@ class ActivationQuantization(Transform[ActivationQuantizationConfig]):
         """Without its quantizers the model is another: differences are reported, and none is too large."""
         return MergeBounds(float64=math.inf)
 
-    def finalize(self, model: nn.Module) -> nn.Module:
+    def finalize(self, model: nn.Module, device: torch.device | None = None) -> nn.Module:
         """Take the quantizers out."""
         return remove_activation_quantizers(model, self.config.scheme.pattern)
 

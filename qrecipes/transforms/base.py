@@ -4,11 +4,25 @@ step."""
 from __future__ import annotations
 
 import abc
+import copy
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, TypeVar
+from types import NoneType, UnionType
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    ClassVar,
+    Generic,
+    Literal,
+    NamedTuple,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 import torch
 from pydantic import ConfigDict
@@ -42,6 +56,17 @@ class TransformConfig(AOBaseConfig):
 
     free_on_resume: ClassVar[tuple[str, ...]] = ()
     """Fields that a run may change when it resumes from a checkpoint; the others must be equal."""
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError where a field is none of its choices, or no whole number, which TOML is held to
+        before it comes here; a method's own rules come after."""
+        for name, hint in _hints(type(self)).items():
+            value = getattr(self, name)
+            rules = [_broken_rule(value, kind) for kind in _alternatives(hint)]
+            if all(rules):
+                raise ConfigError(
+                    f"{_method_of(type(self))}.{name}: {value!r} {' and '.join(filter(None, rules))}"
+                )
 
     def fingerprint(self) -> dict[str, Any]:
         """The method and every field that must be equal for a checkpoint to fit a run."""
@@ -273,12 +298,47 @@ class Transform(abc.ABC, Generic[C]):
     def after_backward(self, ctx: StepContext) -> None:
         """Called after the last backward pass of an optimizer step, before clipping and the update."""
 
+    @property
+    def merge_differs(self) -> str | None:
+        """What of a layer that `finalize` makes can depend on the kind of device that computes it, where
+        training computes the same; None where nothing does."""
+        return None
+
     @abc.abstractmethod
-    def finalize(self, model: nn.Module) -> nn.Module:
-        """Turn this method's layers into `nn.Linear` or `QuantLinear`, in place where possible."""
+    def finalize(self, model: nn.Module, device: torch.device | None = None) -> nn.Module:
+        """Turn this method's layers into `nn.Linear` or `QuantLinear`, in place where possible.
+
+        What they become is computed on `device`, a layer at a time, and put where the layer was; None: there.
+        """
 
 
 REGISTRY: dict[str, type[Transform]] = {}
+
+
+def _hints(cls: type[TransformConfig]) -> dict[str, Any]:
+    """The types of a configuration's fields."""
+    hints = get_type_hints(cls)
+    return {part.name: hints[part.name] for part in fields(cls)}
+
+
+def _alternatives(hint: Any) -> tuple[Any, ...]:
+    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+
+
+def _broken_rule(value: object, kind: Any) -> str | None:
+    """What `value` is not, of the kinds whose wrong values would pass for others: choices, whole numbers."""
+    if get_origin(kind) is Literal:
+        choices = get_args(kind)
+        return None if value in choices else f"is not one of {', '.join(map(str, choices))}"
+    if kind is int:
+        return None if isinstance(value, int) and not isinstance(value, bool) else "is no whole number"
+    if kind is NoneType:
+        return None if value is None else "is not left out"
+    return None
+
+
+def _method_of(config: type[TransformConfig]) -> str:
+    return next((name for name, cls in REGISTRY.items() if cls.Config is config), config.__name__)
 
 
 def register(name: str) -> Callable[[type[Transform]], type[Transform]]:
@@ -363,15 +423,23 @@ class LinearTransform(Transform[C]):
         """Every `Layer` of the model."""
         return {fqn: module for fqn, module in model.named_modules() if isinstance(module, self.Layer)}
 
-    def finalize(self, model: nn.Module) -> nn.Module:
+    def finalize(self, model: nn.Module, device: torch.device | None = None) -> nn.Module:
         """Replace every `Layer` by what its `merged()` gives."""
         for fqn, layer in self.layers(model).items():
-            merged = layer.merged()  # type: ignore[operator]
+            merged = _merged_on(layer, device)
             merged.train(layer.training)
             if not fqn:
                 return merged
             model.set_submodule(fqn, merged)
         return model
+
+
+def _merged_on(layer: nn.Module, device: torch.device | None) -> nn.Module:
+    """What a layer's `merged()` gives on `device`, where the layer is; the layer stays as it is."""
+    home = next(layer.parameters()).device
+    if device is None or home.type == "meta" or home == device:
+        return layer.merged()  # type: ignore[operator]
+    return copy.deepcopy(layer).to(device).merged().to(home)  # type: ignore[operator]
 
 
 def named_linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear | QuantLinear]]:

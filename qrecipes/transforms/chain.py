@@ -317,9 +317,14 @@ class Chain:
                 f"{', ...' if len(left) > 3 else ''}; widen the transform's targets, or skip less"
             )
 
-    def finalize(self, model: nn.Module) -> nn.Module:
+    @property
+    def merge_differs(self) -> str | None:
+        """What of `finalize` can depend on the kind of device that computes it; None where nothing does."""
+        return "; ".join(t.merge_differs for t in self.transforms if t.merge_differs) or None
+
+    def finalize(self, model: nn.Module, device: torch.device | None = None) -> nn.Module:
         """Turn every swapped layer into `nn.Linear` or `QuantLinear`, last transform first; a second call is
-        no-op."""
+        no-op. What layers become is computed on `device`, a layer at a time; None: where they are."""
         for transform in reversed(self.transforms):
-            model = transform.finalize(model)
+            model = transform.finalize(model, device)
         return model

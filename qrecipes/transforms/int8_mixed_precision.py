@@ -97,6 +97,7 @@ class Int8MixedPrecisionConfig(TransformConfig):
     PyTorch, slowly, rather than refuse. It changes nothing where there are."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.int8_all_gather and not self.output:
             raise ConfigError(
                 "int8_mixed_precision.int8_all_gather: true, but output is false and needs the weight in "

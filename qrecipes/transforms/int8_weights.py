@@ -71,6 +71,7 @@ class Int8WeightConfig(TransformConfig):
             check_int8_device(where, device, emulate=self.emulate, instead=instead)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.int8_forward and self.group_size is not None:
             raise ConfigError(
                 f"int8_weights.int8_forward: true, but group_size is {self.group_size}, and an INT8 product "

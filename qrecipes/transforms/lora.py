@@ -95,6 +95,7 @@ class LoRAConfig(AdapterConfig):
     """Largest relative change of held-out perplexity that an export accepts of the merge."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         where = "lora"
         if self.rank < 1:
             raise ConfigError(f"{where}.rank: {self.rank} is not positive; use 1 or more, such as 64")

@@ -76,7 +76,7 @@ class LRQATConfig(QATConfig):
         try:
             self.rounding(self.group_size or 1)
         except ValueError as error:
-            raise ConfigError(f"{where}.storage: {error}") from error
+            raise ConfigError(f"{where}.storage: {str(error).removeprefix('LowRankRounding.')}") from error
         if self.init == "loftq" and (self.storage != "int4" or self.rank == 0):
             raise ConfigError(
                 f"{where}.init: 'loftq' puts into A and B what integers lose, and storage is "
@@ -330,6 +330,12 @@ class LRQAT(QATTransform):
                 f"lr_qat.rank: {config.rank} is more than {fqn} of {site.out_features} x "
                 f"{site.in_features} can have; use at most {most}, or add {fqn!r} to skip"
             )
+
+    @property
+    def merge_differs(self) -> str | None:
+        """The product A B, by the order in which it is summed."""
+        rank = cast(LRQATConfig, self.config).rank
+        return "integers next to a half may differ by a level from those of training" if rank else None
 
     def param_groups(self, model: nn.Module) -> list[ParamGroup]:
         """A and B, and what the grid has."""

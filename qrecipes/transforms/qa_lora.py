@@ -78,6 +78,7 @@ class QALoRAConfig(AdapterConfig):
     """Type that A and B are kept and trained in. They are multiplied in the input's type."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         where = "qa_lora"
         if self.rank < 1:
             raise ConfigError(f"{where}.rank: {self.rank} is not positive; use 1 or more, such as 64")

@@ -25,6 +25,7 @@ from qrecipes.models.activation_quantizers import (
     insert_activation_quantizers,
     remove_activation_quantizers,
 )
+from qrecipes.quant.activations import MAX_BITS, MIN_BITS
 from qrecipes.quant.affine import AffineGrid
 from qrecipes.quant.input_linear import InputFormat, QuantInputLinear, check_integer_weight
 from qrecipes.quant.learned_grid import (
@@ -118,11 +119,12 @@ class QATConfig(TransformConfig):
         raise NotImplementedError
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         where = self.where
         try:
             format = self.format
         except ValueError as error:
-            raise ConfigError(f"{where}: {error}") from error
+            raise ConfigError(f"{where}.{str(error).removeprefix('AffineFormat.')}") from error
         if not LEAST_POWER <= self.p <= GREATEST_POWER:
             raise ConfigError(f"{where}.p: {self.p}; use {LEAST_POWER:g} to {GREATEST_POWER:g}")
         for key in ("scale_lr", "zero_lr"):
@@ -134,19 +136,29 @@ class QATConfig(TransformConfig):
         except ConfigError as error:
             raise ConfigError(f"{where}.kv_bits: {error}") from error
         if self.activation_bits is None:
-            for key, default in (("integer_forward", False), ("activation_skip", ())):
+            without = (("integer_forward", False), ("activation_skip", ()), ("activation_symmetric", True))
+            for key, default in without:
                 if getattr(self, key) != default:
                     raise ConfigError(
                         f"{where}.{key}: {getattr(self, key)!r}, but inputs are not quantized; set "
                         f"activation_bits, such as 8, or leave {key} out"
                     )
             return
+        if not MIN_BITS <= self.activation_bits <= MAX_BITS:
+            raise ConfigError(
+                f"{where}.activation_bits: {self.activation_bits}; use {MIN_BITS} to {MAX_BITS}"
+            )
+        if not self.integer_forward:
+            return
+        if not self.activation_symmetric:
+            raise ConfigError(
+                f"{where}.integer_forward: true, but asymmetric inputs have a zero point, which the integer "
+                "product does not subtract; set activation_symmetric = true, or leave integer_forward out"
+            )
         try:
-            self.input_format()
-            if self.integer_forward:
-                check_integer_weight(format, "integer_forward")
+            check_integer_weight(format, f"{where}.integer_forward")
         except ValueError as error:
-            raise ConfigError(f"{where}: {error}") from error
+            raise ConfigError(str(error)) from error
 
     @property
     def format(self) -> TrainedFormat:
@@ -301,7 +313,11 @@ class QATTransform(LinearTransform[Any]):
         try:
             return insert_activation_quantizers(model, scheme)
         except ConfigError as error:
-            raise ConfigError(f"{self.name}.kv_bits: {error}") from error
+            reason, _, _ = str(error).partition(";")  # the rest tells of keys that are not here
+            raise ConfigError(
+                f"{self.name}.kv_bits: {reason}; leave kv_bits out, and add the transform "
+                "of activations, with a pattern that this model has"
+            ) from error
 
     def bounds(self) -> Bounds:
         """As far off as the grid of the weights is, or that of the inputs where it is coarser."""
@@ -340,7 +356,7 @@ class QATTransform(LinearTransform[Any]):
             for fqn, layer in self.layers(ctx.model).items():
                 check_scales(fqn, cast(QATLinear, layer))
 
-    def finalize(self, model: nn.Module) -> nn.Module:
+    def finalize(self, model: nn.Module, device: torch.device | None = None) -> nn.Module:
         """As of every method; keys and values stay quantized, as they were in training.
 
         Raises:
@@ -351,6 +367,6 @@ class QATTransform(LinearTransform[Any]):
             check_scales(fqn or "the layer", cast(QATLinear, layer))
         scheme = self.config.kv_scheme()
         if not layers or scheme is None:
-            return super().finalize(model)
+            return super().finalize(model, device)
         remove_activation_quantizers(model, tuple(scheme.pattern))  # some are on layers that are replaced
-        return self._quantize_attention(super().finalize(model))
+        return self._quantize_attention(super().finalize(model, device))

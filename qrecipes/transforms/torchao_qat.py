@@ -48,6 +48,7 @@ class TorchaoQATConfig(TransformConfig):
     """Inputs of a row that share a scale."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         try:
             self.format  # noqa: B018 - raises where the size is not allowed
         except ValueError as error:

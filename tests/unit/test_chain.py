@@ -11,6 +11,7 @@ from torch import nn
 
 from qrecipes.config.run import OptimSection
 from qrecipes.errors import ConfigError, ProbeError
+from qrecipes.export.merge_report import sharing_parameters
 from qrecipes.training.optim import build_optimizer
 from qrecipes.transforms.base import REGISTRY, Bounds, LinearTransform, ParamGroup, TransformConfig, register
 from qrecipes.transforms.chain import Chain
@@ -161,6 +162,30 @@ def test_a_model_that_is_one_layer_is_replaced_itself():
     model = chain.swap(nn.Linear(4, 4))
     assert isinstance(model, NoisyLinear)
     assert type(chain.finalize(model)) is nn.Linear
+
+
+def test_layers_are_merged_on_the_device_that_is_asked_for(monkeypatch):
+    """A copy of each goes there, and what it becomes comes back; the layer itself is as it was."""
+    trips: list[tuple[str, torch.device]] = []
+
+    def to(layer: nn.Module, device: torch.device) -> nn.Module:
+        trips.append((type(layer).__name__, device))
+        return layer
+
+    chain = Chain.from_configs([NoisyConfig(targets=("0",)), OwningConfig()])
+    model = chain.swap(small_model())
+    before = dict(model.named_modules())
+    monkeypatch.setattr(nn.Module, "to", to)
+    away, home = torch.device("cuda", 1), torch.device("cpu")
+    chain.finalize(sharing_parameters(model), home)
+    assert not trips
+    merged = chain.finalize(sharing_parameters(model), away)
+    there_and_back = [("OwningLinear", away), ("Linear", home)]
+    assert trips == [*there_and_back, *there_and_back, ("NoisyLinear", away), ("Linear", home)]
+    assert dict(model.named_modules()) == before
+    for fqn in ("0", "2", "4"):
+        assert type(merged.get_submodule(fqn)) is nn.Linear
+        assert torch.equal(merged.get_submodule(fqn).weight, before[fqn].weight)
 
 
 def test_probe_finds_the_noise():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -134,13 +135,28 @@ def test_checkpoint_of_a_later_format_is_refused(run, trial):
         ({"model__dtype": "bfloat16"}, "model.dtype is"),
         ({"model__source": "torchtune:x.y"}, "model.source is"),
         ({"task__label_smoothing": 0.1}, "task.label_smoothing is"),
-        ({"transform": tiny_run("llm", methods()[0]).transform}, "transform is"),
+        (
+            {"transform": tiny_run("llm", methods()[0]).transform},
+            r"transform is \[\] there, \['\w+'\] here; resume",
+        ),
     ],
 )
 def test_resuming_a_run_of_another_shape_is_refused(run, trial, change, said):
     folder = save(trial, 2)
     other = tiny_run("llm", None, output=run.output, **change)
     with pytest.raises(CheckpointError, match=f"belongs to another run: .*{said}"):
+        checkpoint.restore(folder, other, trial.model, trial.optimizer, trial.process)
+
+
+def test_a_transform_of_other_settings_is_refused_by_their_keys(tmp_path):
+    """And no others: whole tables, one after the other, would have to be compared by eye."""
+    run = tiny_run("llm", "full_qat", output=str(tmp_path / "run"))
+    trial = Trial.of(run)
+    folder = save(trial, 1)
+    (config,) = run.transform
+    other = replace(run, transform=(replace(config, bits=3, scale_lr=0.5),))
+    keys = f"transform.0.bits is 4 there, 3 here; transform.0.scale_lr is {config.scale_lr} there, 0.5 here"
+    with pytest.raises(CheckpointError, match=f"belongs to another run: {re.escape(keys)}; resume needs"):
         checkpoint.restore(folder, other, trial.model, trial.optimizer, trial.process)
 
 

@@ -194,9 +194,9 @@ def test_a_trained_model_merges_to_equal_logits():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"bits": 9}, "full_qat: bits: 9; use 2 to 8"),
-        ({"group_size": 20}, "full_qat: .*20 is no multiple of 8"),
-        ({"activation_bits": 1}, "full_qat: InputFormat.bits: 1"),
+        ({"bits": 9}, "full_qat.bits: 9; use 2 to 8"),
+        ({"group_size": 20}, "full_qat.group_size: 20 is no multiple of 8"),
+        ({"activation_bits": 1}, "full_qat.activation_bits: 1; use 2 to 8"),
         ({"kv_bits": 9}, "full_qat.kv_bits: pattern.k: 9 bits are out of range"),
         ({"zero_lr": float("nan")}, "full_qat.zero_lr: nan"),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -114,3 +115,13 @@ def test_wrong_requests_are_refused():
     with pytest.raises(ValueError, match="here: holds weights that are not finite"):
         initial_grid(torch.full((2, 16), math.nan), TrainedFormat(bits=4), "rtn", 4.0, "here")
     assert isinstance(TrainedFormat(bits=5).stored, AffineFormat)
+
+
+def test_scales_of_logarithms_are_the_nearest_to_the_exact_ones():
+    """To all bits, compiled as well: a merged layer has the scales of training, on whatever device."""
+    parameter = torch.empty(200, 50).uniform_(-16, 2)
+    exact = torch.from_numpy(np.exp(parameter.double().numpy()).astype(np.float32))
+    assert torch.equal(to_scale(parameter, "log"), exact)
+    assert not torch.equal(parameter.exp(), exact)  # float32 functions miss some by a last bit
+    compiled = torch.compile(lambda p: to_scale(p, "log"), fullgraph=True)
+    assert torch.equal(compiled(parameter), exact)

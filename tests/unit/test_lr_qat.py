@@ -13,7 +13,10 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from qrecipes.config.run import ModelSection
 from qrecipes.errors import ConfigError, TrainingError
+from qrecipes.models.activation_quantizers import activation_quantizers
+from qrecipes.models.build import build
 from qrecipes.quant.affine import AffineGrid, quantize_affine
 from qrecipes.quant.formats import AffineFormat, NF4Format
 from qrecipes.quant.input_linear import QuantInputLinear
@@ -469,31 +472,41 @@ def test_a_scale_never_divides_by_less_than_its_floor():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"bits": 8}, r"lr_qat.storage: .*bits: 8, but storage 'fixed_point8' takes 2 to 7"),
-        ({"bits": 5, "storage": "int4"}, r"lr_qat.storage: .*bits: 5, but storage 'int4' takes 2 to 4"),
-        ({"bits": 9, "storage": "fp32"}, "lr_qat: bits: 9; use 2 to 8"),
-        ({"bits": 1}, "lr_qat: bits: 1; use 2 to 8"),
-        ({"group_size": 20}, "lr_qat: .*20 is no multiple of 8"),
+        ({"bits": 8}, r"lr_qat.storage: bits: 8, but storage 'fixed_point8' takes 2 to 7"),
+        ({"bits": 5, "storage": "int4"}, r"lr_qat.storage: bits: 5, but storage 'int4' takes 2 to 4"),
+        ({"bits": 9, "storage": "fp32"}, "lr_qat.bits: 9; use 2 to 8"),
+        ({"bits": 1}, "lr_qat.bits: 1; use 2 to 8"),
+        ({"group_size": 20}, "lr_qat.group_size: 20 is no multiple of 8"),
         ({"rank": -1}, "lr_qat.rank: -1 is negative"),
         ({"alpha": 0.0}, "lr_qat.alpha: 0.0 is not positive"),
         ({"p": 1.0}, "lr_qat.p: 1.0; use 2 to 5"),
         ({"scale_lr": -1.0}, "lr_qat.scale_lr: -1.0; use a number of at least 0"),
         ({"init": "loftq"}, "lr_qat.init: 'loftq' .*storage is 'fixed_point8'"),
+        ({"init": "svd"}, "lr_qat.init: 'svd' is not one of zero, loftq"),
+        ({"ranges": "hqq"}, "lr_qat.ranges: 'hqq' is not one of rtn, mse, lp"),
+        ({"scale_domain": "exp"}, "lr_qat.scale_domain: 'exp' is not one of linear, log"),
+        ({"scale_gradient": "none"}, "lr_qat.scale_gradient: 'none' is not one of plain, lsq"),
+        ({"adapter_dtype": "float16"}, "lr_qat.adapter_dtype: 'float16' is not one of float32, bfloat16"),
+        ({"rank": 2.5}, "lr_qat.rank: 2.5 is no whole number"),
+        ({"bits": True}, "lr_qat.bits: True is no whole number"),
+        ({"group_size": 32.0}, "lr_qat.group_size: 32.0 is no whole number and is not left out"),
+        ({"kv_bits": 1}, "lr_qat.kv_bits: pattern.k: 1 bits are out of range; use 2 to 8"),
         ({"init": "loftq", "storage": "int4", "rank": 0}, "lr_qat.init: 'loftq' .*at rank 0"),
-        ({"activation_bits": 9}, "lr_qat: InputFormat.bits: 9; use 2 to 8"),
+        ({"activation_bits": 9}, "lr_qat.activation_bits: 9; use 2 to 8"),
         ({"integer_forward": True}, "lr_qat.integer_forward: True, but inputs are not quantized"),
+        ({"activation_symmetric": False}, "lr_qat.activation_symmetric: False, but inputs are not quantized"),
         ({"activation_skip": ("*.w1",)}, "lr_qat.activation_skip: .*inputs are not quantized"),
         (
             {"activation_bits": 8, "integer_forward": True, "activation_symmetric": False},
-            "lr_qat: InputFormat.integer: true, but an asymmetric input",
+            "lr_qat.integer_forward: true, but asymmetric inputs .* set activation_symmetric = true, or",
         ),
         (
             {"activation_bits": 8, "integer_forward": True, "group_size": 32},
-            "lr_qat: integer_forward: integer products scale whole rows",
+            "lr_qat.integer_forward: integer products scale whole rows",
         ),
         (
             {"activation_bits": 8, "integer_forward": True, "symmetric": False},
-            "lr_qat: integer_forward: integer products scale whole rows",
+            "lr_qat.integer_forward: integer products scale whole rows",
         ),
     ],
 )
@@ -565,3 +578,21 @@ def test_grid_of_the_merged_layer_is_the_stored_one():
 def test_parameters_are_contiguous_as_fsdp2_wants_them(init):
     layer = LRQATLinear.from_linear(nn.Linear(64, 48), LRQATConfig(storage="int4", rank=8, init=init))
     assert all(p.is_contiguous() for p in layer.parameters())
+
+
+def test_attention_without_a_hook_is_named_with_a_remedy_that_exists():
+    """Keys and values alone need none; queries and keys after rotation do."""
+    sizes = {"vocab_size": 64, "num_layers": 1, "num_heads": 4, "num_kv_heads": 2, "embed_dim": 32}
+    sizes |= {"intermediate_dim": 64, "max_seq_len": 32, "head_dim": 8}
+    section = ModelSection(source="torchtune:gemma2.gemma2", args=sizes)
+
+    def swapped(**config) -> nn.Module:
+        model = build(section, dtype=torch.float32)
+        return Chain.from_configs([LRQATConfig(rank=4, kv_bits=4, **config)]).swap(model)
+
+    assert len(activation_quantizers(swapped())) == 2
+    message = (
+        r"lr_qat.kv_bits: layers.0.attn: Gemma2Attention has no hook for qe: [^;]*; leave kv_bits out, and"
+    )
+    with pytest.raises(ConfigError, match=message):
+        swapped(activation_bits=8)

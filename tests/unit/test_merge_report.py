@@ -19,7 +19,7 @@ from qrecipes.export.merge_report import merge_report
 from qrecipes.quant.linear import QuantLinear
 from qrecipes.training import checkpoint
 from qrecipes.training.output import write_identity
-from qrecipes.transforms import LoRAConfig, QALoRAConfig
+from qrecipes.transforms import LoRAConfig, LRQATConfig, QALoRAConfig
 from qrecipes.transforms.base import MergeBounds
 from qrecipes.transforms.chain import Chain
 from qrecipes.transforms.qa_lora import QALoRALinear
@@ -205,3 +205,62 @@ def test_a_model_too_large_for_a_copy_is_told(monkeypatch):
 def test_bounds_of_several_methods_add_up():
     total = MergeBounds(1e-12, 1e-5, math.inf, 0.01).plus(MergeBounds(None, 1e-5, 0.1, 0.02))
     assert total == MergeBounds(None, 2e-5, math.inf, pytest.approx(0.03))
+
+
+def test_runs_are_merged_on_the_kind_of_device_that_trained_them(tmp_path, monkeypatch):
+    """A GPU's sums have other last bits: export and load_run ask for one, and say so where there is none."""
+    trial, _ = trained("lr_qat", steps=1)
+    output = saved(trial, tmp_path / "run")
+    (folder,) = store.export_run(output)
+    assert json.loads((folder / store.MERGE_REPORT).read_text())["note"] is None
+
+    asked: list[torch.device | None] = []
+    honest = Chain.finalize
+
+    def finalize(chain, model, device=None):
+        asked.append(device)
+        return honest(chain, model)
+
+    monkeypatch.setattr(Chain, "finalize", finalize)
+    store.load_run(output)
+    assert asked == [torch.device("cpu")]
+    (state,) = (tmp_path / "run" / "checkpoints").glob("*/state.json")
+    described = json.loads(state.read_text())
+    assert described["device"] == "cpu"
+    state.write_text(json.dumps(described | {"device": "cuda 9.0"}))
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr(store, "device_of", {"cuda 9.0": gpu}.get)
+    asked.clear()
+    store.load_run(output)
+    (folder,) = store.export_run(output)
+    # copies in three types, which tell arithmetic from rounding, are merged where they are
+    assert [device for device in asked if device is not None] == [gpu, gpu, gpu]
+    assert json.loads((folder / store.MERGE_REPORT).read_text())["note"] is None
+
+
+@pytest.mark.parametrize(("device", "trainer"), [("cuda 9.0", "cuda 9.0"), (None, "not on record")])
+def test_a_merge_on_another_kind_of_device_is_told(device, trainer, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(store, "device_of", lambda kind: None)
+    trial, _ = trained("lr_qat", steps=1)
+    output = saved(trial, tmp_path / "run")
+    (state,) = (tmp_path / "run" / "checkpoints").glob("*/state.json")
+    described = json.loads(state.read_text())
+    state.write_text(json.dumps({k: v for k, v in (described | {"device": device}).items() if v}))
+    (folder,) = store.export_run(output)
+    note = json.loads((folder / store.MERGE_REPORT).read_text())["note"]
+    assert trainer in note
+    assert "merged on cpu: integers next to a half may differ by a level" in note
+    assert (
+        f"note: {output}: {note}; for equal bits, use a machine with such a device" in capsys.readouterr().err
+    )
+
+
+def test_methods_that_merge_to_the_same_bits_everywhere_say_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(store, "device_of", lambda kind: None)
+    for method in ("int8_mixed_precision", "full_qat"):
+        trial, _ = trained(method, steps=1)
+        store.load_run(saved(trial, tmp_path / method))
+    scales_only = LRQATConfig(rank=0, storage="int4")
+    assert Chain.from_configs([scales_only]).merge_differs is None
+    assert Chain.from_configs([LRQATConfig()]).merge_differs is not None
+    assert "note:" not in capsys.readouterr().err
