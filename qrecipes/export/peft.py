@@ -7,6 +7,9 @@ Where Hugging Face stacks layers by rows in one, as Phi-3 does queries, keys and
 one there: with A_i [R, K] and B_i [N_i, R] of each, A = [A_1; A_2; ...] and B = diag(B_1, B_2, ...), of rank
 R times their number, which `rank_pattern` tells. An adapter that peft trained on such a layer has one A for
 all of them, and each of ours starts from it with its rows of B.
+
+peft's group-pooled adapters (`use_qalora`), which it cannot merge, are read as what they compute: A repeated
+over each group's inputs.
 """
 
 from __future__ import annotations
@@ -48,9 +51,16 @@ _PLAIN = {
     "modules_to_save": None,
     "layer_replication": None,
     "trainable_token_indices": None,
-    "use_qalora": False,
+    "alora_invocation_tokens": None,
+    "arrow_config": None,
+    "kasa_config": None,
+    "monteclora_config": None,
+    "use_bdlora": None,
 }
 """Settings of peft that must be these, or absent, for what this library computes."""
+_KEEPS_BASE = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
+"""Initializations of peft that leave the weight of the base as it is. PiSSA and its like take out of it what
+they begin the adapter with, so that the adapter belongs to the rest of it."""
 
 
 def save_peft(model: nn.Module, chain: Chain, run: Run, destination: Path) -> Path:
@@ -136,7 +146,8 @@ def load_peft(folder: Path, model: nn.Module, chain: Chain, section: ModelSectio
                 f"{folder}: {name}.a: has {len(parts['a'])} rows, and {CONFIG} says rank {rank}; the two "
                 "files belong to two adapters"
             )
-        given = Adapter(parts["a"], parts["b"], scaling, parts.get("magnitude"))
+        a = _widened(parts["a"], described) if described.get("use_qalora") else parts["a"]
+        given = Adapter(a, parts["b"], scaling, parts.get("magnitude"))
         rows = {layer: _rows(model, layer) for layer in places[members[name][0]].stack}
         single = int(described["r"])
         for fqn, adapter in _unstacked(f"{folder}: {name}", given, rows, members[name], single).items():
@@ -288,6 +299,14 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
                 f"{folder}: {key} is {described[key]!r}; only {value!r} can be loaded; merge the adapter "
                 "with peft, and load the merged model"
             )
+    begun = described.get("init_lora_weights")
+    if begun not in _KEEPS_BASE:
+        raise WeightsError(
+            f"{folder}: init_lora_weights is {begun!r}, which changed the base's weights before training, so "
+            "the adapter does not fit the model; save it with peft's "
+            "path_initial_model_for_weight_conversion, which makes it one of the model itself, or merge it "
+            "with peft, and load the merged model"
+        )
     return described, tensors
 
 
@@ -325,6 +344,13 @@ def _grouped(folder: Path, tensors: dict[str, Tensor]) -> dict[str, dict[str, Te
         what = some(strange) if strange else "nothing"
         raise WeightsError(f"{folder / TENSORS}: holds {what}; it must hold lora_A and lora_B of each layer")
     return groups
+
+
+def _widened(a_RG: Tensor, described: dict[str, Any]) -> Tensor:
+    """A of each input, [R, K], from peft's `use_qalora`, which multiplies A by the mean of each of G groups
+    of S inputs, times G."""
+    size = int(described.get("qalora_group_size", 16))
+    return (a_RG * (a_RG.shape[1] / size)).repeat_interleave(size, 1)
 
 
 def _rank_and_scaling(folder: Path, described: dict[str, Any], layer: str) -> tuple[int, float]:
