@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from qrecipes.config.run import ModelSection, Run
 
 CONFIG, TENSORS, BASE = "adapter_config.json", "adapter_model.safetensors", "base"
+_MADE_FOR = "made_for"
+"""In the metadata of the tensors: the model that `base/` was made of."""
 _PREFIX = "base_model.model."
 _KEY = re.compile(
     r"^base_model\.model\.(?P<layer>.+)\.(?P<part>lora_A|lora_B|lora_magnitude_vector)(\.default)?(\.weight)?$"
@@ -96,11 +98,11 @@ def save_peft(model: nn.Module, chain: Chain, run: Run, destination: Path) -> Pa
         shutil.rmtree(destination, ignore_errors=True)
         destination.mkdir(parents=True)
         name = str(pretrained(run.model))
-        base = name if is_repository(name) and not Path(name).exists() else str(folder.resolve())
+        made_for = base = name if is_repository(name) and not Path(name).exists() else str(folder.resolve())
         if any(isinstance(module, QuantLinear) for module in model.modules()):
             save_huggingface(model, folder, destination / BASE, args=run.model.args)
             base = str((destination / BASE).resolve())
-        save_file(tensors, destination / TENSORS, metadata={"format": "pt"})
+        save_file(tensors, destination / TENSORS, metadata={"format": "pt", _MADE_FOR: made_for})
         described = _describe(next(iter(adapters.values())), stacked, base)
         (destination / CONFIG).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
         shutil.copymode(destination / CONFIG, destination / TENSORS)
@@ -313,10 +315,11 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 def _check_base(folder: Path, described: dict[str, Any], section: ModelSection) -> None:
     """Compare the last part of the names: a repository has the owner's before it, a copy other folders."""
     made_for, mine = described.get("base_model_name_or_path"), pretrained(section)
+    if made_for and Path(made_for).name == BASE:  # the dequantized copy that `save_peft` wrote
+        with safe_open(folder / TENSORS, "pt") as file:
+            made_for = (file.metadata() or {}).get(_MADE_FOR)
     if not made_for or mine is None:
         return
-    if made_for == str((folder / BASE).resolve()) or Path(made_for).name == BASE:
-        return  # the dequantized copy that `save_peft` wrote
     names = [re.split(r"[/:]", str(name).rstrip("/"))[-1].lower() for name in (made_for, mine)]
     if names[0] != names[1]:
         raise WeightsError(

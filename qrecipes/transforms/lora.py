@@ -336,7 +336,7 @@ class LoRA(AdapterTransform[LoRAConfig]):
                 )
             in_format(site, _low_bit(format), f"lora: {fqn}")
         elif format is not None:
-            check_width(format, site.in_features, f"lora: {fqn}")
+            check_width(format, site.in_features, f"lora: {fqn}", row="group_size 0 (one scale a row)")
         if config.init == "loftq" and config.rank > min(site.in_features, site.out_features):
             raise ConfigError(
                 f"lora.rank: {config.rank} is more than {fqn}'s {min(site.in_features, site.out_features)} "

@@ -238,10 +238,12 @@ class QALoRA(AdapterTransform[QALoRAConfig]):
             return
         given = site.format
         if isinstance(given, AffineFormat) and given.group_size != format.group_size:
+            has, remedy = f"in groups of {given.group_size}", "set group_size to the layer's"
+            if given.group_size is None:
+                has, remedy = "with one scale a row", "quantize the model in groups, or skip the layer"
             raise ConfigError(
-                f"qa_lora.group_size: {format.group_size}, but {fqn} is quantized in groups of "
-                f"{given.group_size or site.in_features}; an adapter merges only into groups that it pools; "
-                "set group_size to the layer's"
+                f"qa_lora.group_size: {format.group_size}, but {fqn} is quantized {has}; an adapter merges "
+                f"only into groups that it pools; {remedy}"
             )
         in_format(site, format, f"qa_lora: {fqn}")
 

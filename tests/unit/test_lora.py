@@ -252,6 +252,15 @@ REFUSED = {
 }
 
 
+def test_a_width_that_no_group_divides_is_for_one_scale_a_row():
+    """172 = 4 * 43, which is no multiple of 8; what the message says is done."""
+    model = nn.Sequential(nn.Linear(172, 8))
+    with pytest.raises(ConfigError, match=r"172 input features; use group_size 0 \(one scale a row\), or"):
+        Chain.from_configs([LoRAConfig(base="int4")]).swap(model)
+    swapped = Chain.from_configs([LoRAConfig(base="int4", group_size=0, rank=2)]).swap(model)
+    assert swapped[0].base.format.group_size is None
+
+
 @pytest.mark.parametrize("message", REFUSED)
 def test_sites_that_cannot_be_adapted_are_named_before_any_is(message):
     config, format = REFUSED[message]

@@ -315,6 +315,18 @@ def test_bad_adapters_are_refused_by_name(adapter, stories, tmp_path):
     )
 
 
+def test_an_adapter_over_a_dequantized_base_tells_of_what_model(exported, stories, tmp_path):
+    """Its `base/` is a name that says nothing; a model of another name with the same shapes is refused."""
+    folder = exported("nf4") / "export" / "peft"
+    assert json.loads((folder / peft.CONFIG).read_text())["base_model_name_or_path"].endswith("/base")
+    model, chain, run = swapped(tmp_path, stories, KINDS["nf4"])
+    peft.load_peft(folder, model, chain, run.model)
+    other = Path(shutil.copytree(stories, tmp_path / "tales"))
+    model, chain, run = swapped(tmp_path, other, KINDS["nf4"])
+    with pytest.raises(WeightsError, match=r"was made for .*/stories, and the model is .*/tales"):
+        peft.load_peft(folder, model, chain, run.model)
+
+
 def test_an_adapter_of_layers_that_are_left_out_is_refused(adapter, stories, tmp_path):
     model, chain, run = swapped(tmp_path, stories, LORA | {"skip": ["*.w1"]})
     with pytest.raises(WeightsError, match=r"adapts 5 layers .*gate_proj.*targets leave them out"):
