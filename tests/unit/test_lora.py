@@ -276,11 +276,13 @@ def test_sites_that_cannot_be_adapted_are_named_before_any_is(message):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
+        ({"base": "fp4"}, "lora.base: 'fp4'; use one of bf16, nf4, int8, int4, int3, int2"),
         ({"rank": 0}, "lora.rank: 0 is not positive"),
         ({"alpha": 0.0}, "lora.alpha: 0.0 is not positive"),
         ({"alpha": math.inf}, "lora.alpha: inf"),
         ({"dropout": 1.0}, "lora.dropout: 1.0"),
         ({"merge_tolerance": -1.0}, "lora.merge_tolerance: -1.0 is negative"),
+        ({"merge_tolerance": math.nan}, "lora.merge_tolerance: nan is negative, or no number"),
         ({"init": "loftq"}, "lora.init: 'loftq' is for a low-bit base"),
         ({"merge": "requantize"}, "lora.merge: 'requantize' is for a low-bit base"),
         ({"quantizer": "mse"}, "lora.quantizer: 'mse' is for a low-bit base"),
