@@ -252,7 +252,8 @@ class QALoRA(AdapterTransform[QALoRAConfig]):
         return low_bit_bounds(self.config.format())
 
     def base_merge_bounds(self) -> MergeBounds:
-        """Exact but for rounding; held-out perplexity equal to 4 digits in whatever type."""
+        """Exact but for rounding; held-out perplexity within half a unit of a fourth digit, in whatever type.
+        What bfloat16 rounds differently moved it by up to 3.4e-4 on 1,024 targets of tiny decoders."""
         return MergeBounds(1e-12, 1e-5, math.inf, 5e-4)
 
     def param_groups(self, model: nn.Module) -> list[ParamGroup]:
