@@ -13,7 +13,7 @@ import resource
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ from qrecipes.models.sequential import Forward
 from qrecipes.models.view import vocab_size
 from qrecipes.models.weights import save_huggingface, source_folder
 from qrecipes.parallel.process import pick_device
-from qrecipes.quant.formats import AffineFormat, NF4Format, WeightFormat
+from qrecipes.quant.formats import AffineFormat, NF4Format, WeightFormat, nearest_group_size
 from qrecipes.quant.gptq import GPTQSettings
 from qrecipes.quant.ranges import RANGES
 from qrecipes.training.task import forward_batch
@@ -64,6 +64,7 @@ def main(argv: list[str]) -> int:
         huggingface_source(opened)
     batches = samples_of(args, opened)
     layers, left = linear_layers(opened.model, selection_of(args).reason_to_skip)
+    check_widths(layers, settings.format)
     before = stored_bytes(opened.model)
     weights = sum(layer.weight.numel() for layer in layers.values())
     with Progress(len(layers)) as progress:
@@ -142,12 +143,15 @@ def format_of(args: argparse.Namespace, ranges: str) -> WeightFormat:
         raise ConfigError("--zero-point: a symmetric format has none; add --asymmetric")
     if ranges == "hqq" and not args.asymmetric:
         raise ConfigError("--asymmetric: missing, and 'hqq' optimizes zero points; add it")
-    return AffineFormat(
-        bits=args.bits,
-        group_size=group_size(args.group_size or "128"),
-        symmetric=not args.asymmetric,
-        zero_point=args.zero_point or ("float" if ranges == "hqq" and args.asymmetric else "integer"),
-    )
+    try:
+        return AffineFormat(
+            bits=args.bits,
+            group_size=group_size(args.group_size or "128"),
+            symmetric=not args.asymmetric,
+            zero_point=args.zero_point or ("float" if ranges == "hqq" and args.asymmetric else "integer"),
+        )
+    except ValueError as error:  # of the size: the rest was checked
+        raise ConfigError(f"--group-size: {str(error).partition(': ')[2]}, 'row'") from error
 
 
 def group_size(text: str) -> int | None:
@@ -161,6 +165,26 @@ def group_size(text: str) -> int | None:
     if not text.isdigit():
         raise ConfigError(f"--group-size: {text!r}; use a number, or 'row' for one scale a row")
     return int(text)
+
+
+def check_widths(layers: Mapping[str, nn.Linear], format: WeightFormat) -> None:
+    """Raise ConfigError, in the command line's words, if groups do not divide a layer's inputs."""
+    size = format.group_size if isinstance(format, AffineFormat) else None
+    wide: dict[int, list[str]] = {}
+    for fqn, layer in layers.items():
+        if size is not None and layer.in_features % size:
+            wide.setdefault(layer.in_features, []).append(fqn)
+    if size is None or not wide:
+        return
+    parts = (
+        f"{width} input features of {names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''} "
+        f"(use {nearest_group_size(width, size) or 'row'})"
+        for width, names in wide.items()
+    )
+    raise ConfigError(
+        f"--group-size: {size} does not divide {', nor '.join(parts)}; choose another, or leave layers alone "
+        "with --skip, which replaces the default, the heads"
+    )
 
 
 def selection_of(args: argparse.Namespace) -> TransformConfig:

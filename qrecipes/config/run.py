@@ -49,7 +49,8 @@ class ModelSection:
     """Type of the parameters; `auto` is bfloat16 on a GPU and float32 on a CPU."""
     quantized: str | None = None
     """Export of `qrecipes quantize`, or `hf:FOLDER` with a GPTQ checkpoint, of this same model, which starts
-    from it instead of `weights`. A transform must take each low-bit layer as the base of an adapter."""
+    from it instead of `weights`; `source` may be that GPTQ checkpoint, too. A transform must take each
+    low-bit layer as the base of an adapter."""
     adapter: str | None = None
     """Folder of a LoRA as peft writes it (adapter_config.json, adapter_model.safetensors), which the adapters
     of the run's transforms start from; for models of Hugging Face."""

@@ -7,6 +7,9 @@ Where Hugging Face stacks layers by rows in one, as Phi-3 does queries, keys and
 one there: with A_i [R, K] and B_i [N_i, R] of each, A = [A_1; A_2; ...] and B = diag(B_1, B_2, ...), of rank
 R times their number, which `rank_pattern` tells. An adapter that peft trained on such a layer has one A for
 all of them, and each of ours starts from it with its rows of B.
+
+peft's group-pooled adapters (`use_qalora`), which it cannot merge, are read as what they compute: A repeated
+over each group's inputs.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -36,6 +39,8 @@ if TYPE_CHECKING:
     from qrecipes.config.run import ModelSection, Run
 
 CONFIG, TENSORS, BASE = "adapter_config.json", "adapter_model.safetensors", "base"
+_MADE_FOR = "made_for"
+"""In the metadata of the tensors: the model that `base/` was made of."""
 _PREFIX = "base_model.model."
 _KEY = re.compile(
     r"^base_model\.model\.(?P<layer>.+)\.(?P<part>lora_A|lora_B|lora_magnitude_vector)(\.default)?(\.weight)?$"
@@ -48,9 +53,16 @@ _PLAIN = {
     "modules_to_save": None,
     "layer_replication": None,
     "trainable_token_indices": None,
-    "use_qalora": False,
+    "alora_invocation_tokens": None,
+    "arrow_config": None,
+    "kasa_config": None,
+    "monteclora_config": None,
+    "use_bdlora": None,
 }
 """Settings of peft that must be these, or absent, for what this library computes."""
+_KEEPS_BASE = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
+"""Initializations of peft that leave the weight of the base as it is. PiSSA and its like take out of it what
+they begin the adapter with, so that the adapter belongs to the rest of it."""
 
 
 def save_peft(model: nn.Module, chain: Chain, run: Run, destination: Path) -> Path:
@@ -86,11 +98,11 @@ def save_peft(model: nn.Module, chain: Chain, run: Run, destination: Path) -> Pa
         shutil.rmtree(destination, ignore_errors=True)
         destination.mkdir(parents=True)
         name = str(pretrained(run.model))
-        base = name if is_repository(name) and not Path(name).exists() else str(folder.resolve())
+        made_for = base = name if is_repository(name) and not Path(name).exists() else str(folder.resolve())
         if any(isinstance(module, QuantLinear) for module in model.modules()):
             save_huggingface(model, folder, destination / BASE, args=run.model.args)
             base = str((destination / BASE).resolve())
-        save_file(tensors, destination / TENSORS, metadata={"format": "pt"})
+        save_file(tensors, destination / TENSORS, metadata={"format": "pt", _MADE_FOR: made_for})
         described = _describe(next(iter(adapters.values())), stacked, base)
         (destination / CONFIG).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
         shutil.copymode(destination / CONFIG, destination / TENSORS)
@@ -136,7 +148,8 @@ def load_peft(folder: Path, model: nn.Module, chain: Chain, section: ModelSectio
                 f"{folder}: {name}.a: has {len(parts['a'])} rows, and {CONFIG} says rank {rank}; the two "
                 "files belong to two adapters"
             )
-        given = Adapter(parts["a"], parts["b"], scaling, parts.get("magnitude"))
+        a = _widened(parts["a"], described) if described.get("use_qalora") else parts["a"]
+        given = Adapter(a, parts["b"], scaling, parts.get("magnitude"))
         rows = {layer: _rows(model, layer) for layer in places[members[name][0]].stack}
         single = int(described["r"])
         for fqn, adapter in _unstacked(f"{folder}: {name}", given, rows, members[name], single).items():
@@ -288,16 +301,25 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
                 f"{folder}: {key} is {described[key]!r}; only {value!r} can be loaded; merge the adapter "
                 "with peft, and load the merged model"
             )
+    begun = described.get("init_lora_weights")
+    if begun not in _KEEPS_BASE:
+        raise WeightsError(
+            f"{folder}: init_lora_weights is {begun!r}, which changed the base's weights before training, so "
+            "the adapter does not fit the model; save it with peft's "
+            "path_initial_model_for_weight_conversion, which makes it one of the model itself, or merge it "
+            "with peft, and load the merged model"
+        )
     return described, tensors
 
 
 def _check_base(folder: Path, described: dict[str, Any], section: ModelSection) -> None:
     """Compare the last part of the names: a repository has the owner's before it, a copy other folders."""
     made_for, mine = described.get("base_model_name_or_path"), pretrained(section)
+    if made_for and Path(made_for).name == BASE:  # the dequantized copy that `save_peft` wrote
+        with safe_open(folder / TENSORS, "pt") as file:
+            made_for = (file.metadata() or {}).get(_MADE_FOR)
     if not made_for or mine is None:
         return
-    if made_for == str((folder / BASE).resolve()) or Path(made_for).name == BASE:
-        return  # the dequantized copy that `save_peft` wrote
     names = [re.split(r"[/:]", str(name).rstrip("/"))[-1].lower() for name in (made_for, mine)]
     if names[0] != names[1]:
         raise WeightsError(
@@ -325,6 +347,13 @@ def _grouped(folder: Path, tensors: dict[str, Tensor]) -> dict[str, dict[str, Te
         what = some(strange) if strange else "nothing"
         raise WeightsError(f"{folder / TENSORS}: holds {what}; it must hold lora_A and lora_B of each layer")
     return groups
+
+
+def _widened(a_RG: Tensor, described: dict[str, Any]) -> Tensor:
+    """A of each input, [R, K], from peft's `use_qalora`, which multiplies A by the mean of each of G groups
+    of S inputs, times G."""
+    size = int(described.get("qalora_group_size", 16))
+    return (a_RG * (a_RG.shape[1] / size)).repeat_interleave(size, 1)
 
 
 def _rank_and_scaling(folder: Path, described: dict[str, Any], layer: str) -> tuple[int, float]:

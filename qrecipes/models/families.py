@@ -42,7 +42,9 @@ _ARGUMENTS = {
 _REQUIRED = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
 _DEFAULTS = {"rms_norm_eps": 1e-6, "attention_dropout": 0.0, "tie_word_embeddings": False}
 """What transformers takes where config.json is silent; a family adds its own."""
-_PINNED = {"partial_rotary_factor": (1.0,), "quantization_config": ()}
+QUANTIZATION = "quantization_config"
+"""Where config.json tells how weights are stored in fewer bits."""
+_PINNED = {"partial_rotary_factor": (1.0,), QUANTIZATION: ()}
 """Values that every builder computes with; absent and null are always right."""
 
 _LAYER = "model.layers.{}."

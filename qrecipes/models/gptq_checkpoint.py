@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from qrecipes.errors import WeightsError
 from qrecipes.models.build import build
 from qrecipes.models.checkpoint_files import Checkpoint, read_config, read_json
-from qrecipes.models.families import Config, Family, family_of
+from qrecipes.models.families import QUANTIZATION, Config, Family, family_of
 from qrecipes.models.sources import pretrained, source_folder, translate
 from qrecipes.models.weights import fill
 from qrecipes.quant.affine import signed_zeros
@@ -37,7 +37,7 @@ from qrecipes.quant.packing import unpack
 if TYPE_CHECKING:
     from qrecipes.config.run import ModelSection
 
-CONFIG, OLD_CONFIG = "quantization_config", "quantize_config.json"
+CONFIG, OLD_CONFIG = QUANTIZATION, "quantize_config.json"
 WORD = 32
 _RAW = ("qweight", "qzeros", "scales", "g_idx")
 _VERSIONS = {"gptq": 1, "gptq_v2": 0}
@@ -51,6 +51,8 @@ class GPTQFormat:
     format: AffineFormat
     zero_offset: int
     """Added to a stored zero point."""
+    act_order: bool = False
+    """Whether the layers were quantized with act-order, so that their `g_idx` must tell the groups."""
 
     @classmethod
     def of(cls, described: Mapping[str, Any], where: object) -> GPTQFormat:
@@ -82,7 +84,7 @@ class GPTQFormat:
             )
         except ValueError as error:
             raise WeightsError(f"{where}: {error}") from error
-        return cls(format, _VERSIONS[version])
+        return cls(format, _VERSIONS[version], bool(described.get("desc_act")))
 
 
 @dataclass(frozen=True)
@@ -177,6 +179,11 @@ class GPTQCheckpoint(Checkpoint):
     def _check_groups(self, layer: str) -> None:
         name = f"{layer}.g_idx"
         if name not in self.raw.files:
+            if self.stored.act_order and self.stored.format.group_size is not None:
+                raise WeightsError(
+                    f"{self.path}: {layer}: was quantized with act-order (desc_act), and lacks the g_idx "
+                    "that tells its groups; use a checkpoint made with desc_act = false"
+                )
             return
         found = self._tensor(name)
         expected = torch.arange(len(found)) // (self.stored.format.group_size or len(found))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from qrecipes.errors import ConfigError, WeightsError
 from qrecipes.models.checkpoint_files import read_config
-from qrecipes.models.families import Config, builder_arguments, complete, family_of
+from qrecipes.models.families import QUANTIZATION, Config, builder_arguments, complete, family_of
 from qrecipes.models.hub import locate
 
 if TYPE_CHECKING:
@@ -63,10 +63,22 @@ def resolve(section: ModelSection) -> ModelSection:
         return section
     folder = source_folder(section)
     assert folder is not None, section
-    config = read_config(folder)
-    assert config is not None, folder
+    config = dict(read_config(folder) or {})
+    told = config.get(QUANTIZATION)
+    if section.quantized is not None:
+        config.pop(QUANTIZATION, None)  # the weights are those, and config.json says only what is built
+    elif isinstance(told, dict) and told.get("quant_method", "gptq") == "gptq":
+        raise low_bit_source(folder)
     builder, arguments = translate(config, folder, section.args)
     return replace(section, source=f"torchtune:{builder}", args=arguments, weights=pretrained(section))
+
+
+def low_bit_source(folder: Path) -> WeightsError:
+    """The error of a run that would start from a checkpoint of GPTQ's as from plain weights."""
+    return WeightsError(
+        f"{folder}: is a checkpoint of GPTQ's, whose layers are low-bit; set model.quantized to hf:{folder}, "
+        "and give its layers a transform that adapts low-bit ones"
+    )
 
 
 def translate(config: Config, folder: Path, args: dict[str, Any]) -> tuple[str, dict[str, Any]]:

@@ -28,6 +28,7 @@ from qrecipes.models.families import (
     HF_EMBEDDING,
     HF_OUTPUT,
     OUTPUT,
+    QUANTIZATION,
     Config,
     Family,
     complete,
@@ -36,7 +37,7 @@ from qrecipes.models.families import (
     rotary_frequencies,
 )
 from qrecipes.models.hub import locate
-from qrecipes.models.sources import pretrained, source_folder
+from qrecipes.models.sources import low_bit_source, pretrained, source_folder
 from qrecipes.models.traits import rotary_theta, traits
 from qrecipes.quant.linear import dequantized_state_dict
 
@@ -106,6 +107,8 @@ def load_pretrained(model: nn.Module, section: ModelSection) -> Path:
     path = locate(name, "model.weights" if section.weights else "model.source")
     folder = path if path.is_dir() else path.parent
     checkpoint = Checkpoint.open(path)
+    if any(name.endswith(".qweight") for name in checkpoint.files):
+        raise low_bit_source(folder)
     targets = _targets(model)
     config = read_config(folder)
     if config is None or set(checkpoint.files) == set(targets):
@@ -210,6 +213,8 @@ def save_huggingface(
         or cannot be written.
     """
     config = read_config(source_folder)
+    if config is not None:
+        config.pop(QUANTIZATION, None)  # of a run's base; what is written is dequantized
     if config is None:
         raise ExportError(
             f"{source_folder}: no config.json of a Hugging Face model, so there is none to write"

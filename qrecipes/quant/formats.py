@@ -72,7 +72,7 @@ class AffineFormat:
         ):
             raise ValueError(
                 f"{where}.group_size: {size!r} is no multiple of {GROUP_STEP} from {LEAST_GROUP} to "
-                f"{GREATEST_GROUP}; use such a number, or None for one scale a row"
+                f"{GREATEST_GROUP}; use such a number, or one scale for the whole row"
             )
         if self.zero_point not in ("integer", "float"):
             raise ValueError(f"{where}.zero_point: {self.zero_point!r}; use 'integer' or 'float'")
@@ -100,17 +100,20 @@ class AffineFormat:
         """Groups of a row."""
         return 1 if self.group_size is None else in_features // self.group_size
 
-    def check_width(self, in_features: int, where: str = "AffineFormat") -> None:
-        """Raise ValueError, naming `where`, if the groups do not divide a row."""
+    def check_width(
+        self, in_features: int, where: str = "AffineFormat", row: str = "group_size None (one scale a row)"
+    ) -> None:
+        """Raise ValueError, naming `where`, if the groups do not divide a row. `row` is how the caller spells
+        one scale a row, the remedy where no size divides it; empty if it has none."""
         _check_features(in_features, where)
         size = self.group_size
         if size is None or in_features % size == 0:
             return
         nearest = nearest_group_size(in_features, size)
-        remedy = f"group_size {nearest}" if nearest else "group_size None (one scale a row)"
+        remedy = f"group_size {nearest}" if nearest else row
         raise ValueError(
-            f"{where}: group_size {size} does not divide {in_features} input features; use {remedy}, or "
-            "leave the layer out"
+            f"{where}: group_size {size} does not divide {in_features} input features; "
+            f"{f'use {remedy}, or ' if remedy else ''}leave the layer out"
         )
 
     def payload_spec(self, out_features: int, in_features: int) -> PayloadSpec:

@@ -25,7 +25,7 @@ from typing import (
 )
 
 import torch
-from pydantic import ConfigDict
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torchao.core.config import AOBaseConfig
@@ -198,6 +198,14 @@ class Transform(abc.ABC, Generic[C]):
     micro-batches; a looser value states its reason."""
 
     def __init__(self, config: C) -> None:
+        """Raises ConfigError where a field has a value that its type does not allow: in Python nothing else
+        would tell, and a choice that is none would be taken for another."""
+        try:
+            TypeAdapter(type(config)).validate_python(asdict(config))
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(map(str, (self.name, *first["loc"])))
+            raise ConfigError(f"{place}: {first['input']!r}: {first['msg']}") from error
         self.config = config
 
     @property

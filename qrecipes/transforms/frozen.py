@@ -205,10 +205,14 @@ def in_format(layer: QuantLinear, format: WeightFormat, where: str) -> QuantLine
     )
 
 
-def check_width(format: WeightFormat, in_features: int, where: str) -> None:
-    """Raise ConfigError, naming `where`, if the format's groups do not divide a row."""
+def check_width(format: WeightFormat, in_features: int, where: str, row: str = "") -> None:
+    """Raise ConfigError, naming `where`, if the format's groups do not divide a row; `row` as of
+    `AffineFormat.check_width`."""
     try:
-        format.check_width(in_features, where)
+        if isinstance(format, AffineFormat):
+            format.check_width(in_features, where, row)
+        else:
+            format.check_width(in_features, where)
     except ValueError as error:
         raise ConfigError(str(error)) from error
 

@@ -21,7 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, TypeAlias, cast
+from typing import Literal, TypeAlias, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -97,14 +97,18 @@ class LoRAConfig(AdapterConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         where = "lora"
+        if self.base not in get_args(Base):
+            raise ConfigError(f"{where}.base: {self.base!r}; use one of {', '.join(get_args(Base))}")
         if self.rank < 1:
             raise ConfigError(f"{where}.rank: {self.rank} is not positive; use 1 or more, such as 64")
         if not (math.isfinite(self.alpha) and self.alpha > 0):
             raise ConfigError(f"{where}.alpha: {self.alpha} is not positive; use a number such as 16")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"{where}.dropout: {self.dropout}; use at least 0 and less than 1")
-        if self.merge_tolerance < 0:
-            raise ConfigError(f"{where}.merge_tolerance: {self.merge_tolerance} is negative; use 0 or more")
+        if not self.merge_tolerance >= 0:
+            raise ConfigError(
+                f"{where}.merge_tolerance: {self.merge_tolerance} is negative, or no number; use 0 or more"
+            )
         if self.base == "bf16":
             for key, default in (
                 ("init", "default"),
@@ -337,7 +341,7 @@ class LoRA(AdapterTransform[LoRAConfig]):
                 )
             in_format(site, _low_bit(format), f"lora: {fqn}")
         elif format is not None:
-            check_width(format, site.in_features, f"lora: {fqn}")
+            check_width(format, site.in_features, f"lora: {fqn}", row="group_size 0 (one scale a row)")
         if config.init == "loftq" and config.rank > min(site.in_features, site.out_features):
             raise ConfigError(
                 f"lora.rank: {config.rank} is more than {fqn}'s {min(site.in_features, site.out_features)} "

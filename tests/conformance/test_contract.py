@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import pytest
 import torch
@@ -53,6 +54,22 @@ def method(run):
 
 def first_batch(run):
     return peek(build_training_data(run.data, None, task=run.task, seed=run.seed, rank=0, world=1))
+
+
+CHOICES = [
+    (name, key)
+    for name in methods()
+    for key, hint in get_type_hints(REGISTRY[name].Config).items()
+    if get_origin(hint) is Literal and "other" not in get_args(hint)
+]
+
+
+@pytest.mark.parametrize(("name", "key"), CHOICES)
+def test_a_choice_that_is_none_is_refused_in_python_too(name, key):
+    """No file was parsed, and "other" would pass for whichever choice the code asks for last."""
+    transform = REGISTRY[name]
+    with pytest.raises(ConfigError, match=rf"{key}: 'other'"):
+        transform(replace(transform.Config(), **{key: "other"}))
 
 
 def test_swap_keeps_the_function_within_the_floor(run, method):

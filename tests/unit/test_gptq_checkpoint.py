@@ -14,8 +14,9 @@ from torch import Tensor
 from qrecipes import assets, load_export
 from qrecipes.config.run import ModelSection
 from qrecipes.errors import WeightsError
-from qrecipes.export.opened import open_model, open_quantized
+from qrecipes.export.opened import open_model, open_quantized, starting_model
 from qrecipes.export.store import save_model
+from qrecipes.models.weights import save_huggingface
 from qrecipes.quant.linear import QuantLinear
 from qrecipes.transforms import QALoRAConfig
 from qrecipes.transforms.chain import Chain
@@ -163,6 +164,48 @@ def test_act_order_is_refused_by_name(tmp_path):
     rewrite(theirs, lambda tensors: tensors.update({f"{layer}.g_idx": tensors[f"{layer}.g_idx"].flip(0)}))
     with pytest.raises(WeightsError, match=rf"{layer}: was quantized with act-order.*desc_act = false"):
         open_model(f"hf:{theirs}")
+
+
+def test_act_order_without_the_groups_is_refused(tmp_path):
+    """Taken as they stand, the groups would give a model that is merely wrong."""
+    theirs, _ = folders(tmp_path, desc_act=True)
+    open_model(f"hf:{theirs}")  # act-order of static groups: g_idx says that they stand together
+    rewrite(theirs, lambda tensors: [tensors.pop(name) for name in list(tensors) if "g_idx" in name])
+    with pytest.raises(WeightsError, match=r"_proj: was quantized with act-order .*, and lacks the g_idx"):
+        open_model(f"hf:{theirs}")
+
+
+def in_config(folder: Path) -> None:
+    """Move the settings of a checkpoint to where GPTQModel and transformers keep them."""
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = json.loads((folder / "quantize_config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "quantize_config.json").unlink()
+
+
+@pytest.mark.parametrize("move", [lambda folder: None, in_config], ids=["quantize_config", "config"])
+def test_a_run_needs_no_other_folder_than_the_checkpoint(tmp_path, move):
+    """It says what is built, too; and the dequantized folder that is written is described as one."""
+    theirs, plain = folders(tmp_path)
+    move(theirs)
+    section = ModelSection(source=f"hf:{theirs}", quantized=f"hf:{theirs}", dtype="float32")
+    model = open_quantized(section).eval()
+    with torch.no_grad():
+        # the scales of both are the same float32 numbers
+        torch.testing.assert_close(model(TOKENS), logits(f"hf:{plain}"), rtol=1e-5, atol=1e-5)
+    written = tmp_path / "written"
+    save_huggingface(model, theirs, written)
+    assert "quantization_config" not in json.loads((written / "config.json").read_text())
+    torch.testing.assert_close(logits(f"hf:{written}"), logits(f"hf:{plain}"), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("move", [lambda folder: None, in_config], ids=["quantize_config", "config"])
+def test_a_run_that_takes_a_checkpoint_for_plain_weights_is_told_how_to_take_it(tmp_path, move):
+    theirs, _ = folders(tmp_path)
+    move(theirs)
+    section = ModelSection(source=f"hf:{theirs}", dtype="float32")
+    with pytest.raises(WeightsError, match=r"whose layers are low-bit; set model.quantized to hf:"):
+        starting_model(section, dtype=torch.float32)
 
 
 def test_wrong_version_of_a_symmetric_checkpoint_is_noticed(tmp_path):

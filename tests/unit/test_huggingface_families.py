@@ -277,7 +277,7 @@ def test_weights_do_not_slip_into_another_family(name, tmp_path):
         ("llama", {"hidden_act": "gelu"}, "hidden_act gelu (only silu)"),
         ("llama", {"head_dim": 16}, "head_dim 16 (only hidden_size / num_attention_heads, 8)"),
         ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5 (only 1.0)"),
-        ("llama", {"quantization_config": {"bits": 4}}, "quantization_config"),
+        ("llama", {"quantization_config": {"quant_method": "bitsandbytes"}}, "quantization_config"),
         ("llama", {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "type 'yarn'"),
         ("llama", {"rope_parameters": None, "rope_scaling": {"type": "linear"}}, "type 'linear'"),
         (

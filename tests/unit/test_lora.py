@@ -252,6 +252,15 @@ REFUSED = {
 }
 
 
+def test_a_width_that_no_group_divides_is_for_one_scale_a_row():
+    """172 = 4 * 43, which is no multiple of 8; what the message says is done."""
+    model = nn.Sequential(nn.Linear(172, 8))
+    with pytest.raises(ConfigError, match=r"172 input features; use group_size 0 \(one scale a row\), or"):
+        Chain.from_configs([LoRAConfig(base="int4")]).swap(model)
+    swapped = Chain.from_configs([LoRAConfig(base="int4", group_size=0, rank=2)]).swap(model)
+    assert swapped[0].base.format.group_size is None
+
+
 @pytest.mark.parametrize("message", REFUSED)
 def test_sites_that_cannot_be_adapted_are_named_before_any_is(message):
     config, format = REFUSED[message]
@@ -267,11 +276,13 @@ def test_sites_that_cannot_be_adapted_are_named_before_any_is(message):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
+        ({"base": "fp4"}, "lora.base: 'fp4'; use one of bf16, nf4, int8, int4, int3, int2"),
         ({"rank": 0}, "lora.rank: 0 is not positive"),
         ({"alpha": 0.0}, "lora.alpha: 0.0 is not positive"),
         ({"alpha": math.inf}, "lora.alpha: inf"),
         ({"dropout": 1.0}, "lora.dropout: 1.0"),
         ({"merge_tolerance": -1.0}, "lora.merge_tolerance: -1.0 is negative"),
+        ({"merge_tolerance": math.nan}, "lora.merge_tolerance: nan is negative, or no number"),
         ({"init": "loftq"}, "lora.init: 'loftq' is for a low-bit base"),
         ({"merge": "requantize"}, "lora.merge: 'requantize' is for a low-bit base"),
         ({"quantizer": "mse"}, "lora.quantizer: 'mse' is for a low-bit base"),

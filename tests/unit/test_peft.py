@@ -116,6 +116,92 @@ def test_an_adapter_that_peft_wrote_starts_a_run(stories, tmp_path):
     assert (before - theirs).abs().max() > 0.1
 
 
+def started(source: Path, **settings):
+    """A model that peft adapts at its queries, as training leaves it: with another B than it began with."""
+    library = pytest.importorskip("peft")
+    transformers = pytest.importorskip("transformers")
+    plain = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    wanted = library.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"], **settings)
+    return library.get_peft_model(plain, wanted).eval()
+
+
+@torch.no_grad()
+def stir(adapted: nn.Module) -> torch.Tensor:
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            parameter.add_(torch.randn_like(parameter), alpha=0.2)
+    return adapted(TOKENS).logits
+
+
+@pytest.mark.parametrize("begun", ["pissa", "olora"])
+def test_an_adapter_that_began_by_changing_its_base_is_refused_until_peft_converts_it(
+    stories, tmp_path, begun
+):
+    """PiSSA and OLoRA take the adapter that they begin with out of the base, which the files do not hold."""
+    adapted = started(stories, init_lora_weights=begun)
+    adapted.peft_config["default"].init_lora_weights = True  # as peft's guide has it, before the first save
+    adapted.save_pretrained(tmp_path / "begun")
+    adapted.peft_config["default"].init_lora_weights = begun
+    theirs = stir(adapted)
+    adapted.save_pretrained(tmp_path / "theirs")
+    run = {"targets": ["*.q_proj"]}
+    model, chain, described = swapped(tmp_path, stories, LORA | run)
+    before = logits(model)
+    with pytest.raises(WeightsError, match=rf"init_lora_weights is '{begun}', which changed the base"):
+        peft.load_peft(tmp_path / "theirs", model, chain, described.model)
+    assert torch.equal(logits(model), before)
+    adapted.save_pretrained(
+        tmp_path / "converted", path_initial_model_for_weight_conversion=str(tmp_path / "begun")
+    )
+    model, chain, described = swapped(tmp_path, stories, LORA | run | {"rank": 8, "alpha": 16.0})
+    peft.load_peft(tmp_path / "converted", model, chain, described.model)
+    torch.testing.assert_close(logits(model), theirs, rtol=1e-4, atol=1e-4)  # float32 sums
+    assert (before - theirs).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("begun", [False, "gaussian", "orthogonal"])
+def test_an_adapter_that_began_beside_its_base_starts_a_run(stories, tmp_path, begun):
+    adapted = started(stories, init_lora_weights=begun)
+    theirs = stir(adapted)
+    adapted.save_pretrained(tmp_path / "theirs")
+    model, chain, run = swapped(tmp_path, stories, LORA | {"targets": ["*.q_proj"]})
+    peft.load_peft(tmp_path / "theirs", model, chain, run.model)
+    torch.testing.assert_close(logits(model), theirs, rtol=1e-4, atol=1e-4)  # float32 sums
+
+
+@torch.no_grad()
+def test_a_group_pooled_adapter_of_peft_merges_into_the_groups_that_it_pools(stories, tmp_path):
+    """peft adapts only GPTQ's layers so, and merges none; its forward is called for one layer here. It takes
+    means times the number of groups: 4 here, of 16 inputs, so that neither factor passes for the other."""
+    library = pytest.importorskip("peft")
+    from peft.tuners.lora import Linear
+    from peft.tuners.lora.variants import QALoraLinearVariant
+
+    wanted = library.LoraConfig(
+        r=4, lora_alpha=8, target_modules=["v_proj"], use_qalora=True, qalora_group_size=16
+    )
+    theirs = Linear(nn.Linear(64, 32, bias=False), "default", library.LoraConfig(r=4), r=4, lora_alpha=8)
+    QALoraLinearVariant.init(theirs, "default", wanted)
+    theirs.lora_B["default"].weight.normal_(0, 0.2)
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    name = "base_model.model.model.layers.0.self_attn.v_proj"
+    a, b = theirs.lora_A["default"].weight.clone(), theirs.lora_B["default"].weight.clone()
+    assert a.shape == (4, 4)
+    save_file({f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b}, folder / peft.TENSORS)
+    wanted.base_model_name_or_path = str(stories)
+    wanted.save_pretrained(folder)
+    pooled = {"name": "qa_lora", "rank": 4, "alpha": 8.0, "group_size": 16, "targets": ["*.0.attn.v_proj"]}
+    model, chain, run = swapped(tmp_path, stories, pooled)
+    peft.load_peft(folder, model, chain, run.model)
+    layer = model.get_submodule("layers.0.attn.v_proj")
+    x = torch.randn(5, 64)
+    expected = QALoraLinearVariant.forward(theirs.eval(), "default", x, layer.base(x))
+    for found in (layer(x), layer.merged()(x)):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)  # float32 sums
+    assert (expected - layer.base(x)).abs().max() > 0.1
+
+
 def swapped(tmp_path: Path, stories: Path, transform: dict):
     run = parse.load(str(write(tmp_path, stories, transform)))
     model = build(run.model, dtype=torch.float32).eval()
@@ -203,6 +289,10 @@ def test_bad_adapters_are_refused_by_name(adapter, stories, tmp_path):
     refused("bias is 'all'; only 'none'")
     change(adapter, modules_to_save=["lm_head"])
     refused(r"modules_to_save is \['lm_head'\]")
+    change(adapter, alora_invocation_tokens=[5, 6])
+    refused(r"alora_invocation_tokens is \[5, 6\]")
+    change(adapter, init_lora_weights="loftq")
+    refused("init_lora_weights is 'loftq', which changed the base's weights")
     change(adapter, lora_alpha=64)
     refused("is scaled by 16, and the layer's by 2", ConfigError)
     (adapter / peft.CONFIG).write_text("{")
@@ -223,6 +313,18 @@ def test_bad_adapters_are_refused_by_name(adapter, stories, tmp_path):
     refused(
         r"adapter of layers.0.attn.q_proj.a: has shape \(4, 63\), and the layer's has \(4, 64\)", ConfigError
     )
+
+
+def test_an_adapter_over_a_dequantized_base_tells_of_what_model(exported, stories, tmp_path):
+    """Its `base/` is a name that says nothing; a model of another name with the same shapes is refused."""
+    folder = exported("nf4") / "export" / "peft"
+    assert json.loads((folder / peft.CONFIG).read_text())["base_model_name_or_path"].endswith("/base")
+    model, chain, run = swapped(tmp_path, stories, KINDS["nf4"])
+    peft.load_peft(folder, model, chain, run.model)
+    other = Path(shutil.copytree(stories, tmp_path / "tales"))
+    model, chain, run = swapped(tmp_path, other, KINDS["nf4"])
+    with pytest.raises(WeightsError, match=r"was made for .*/stories, and the model is .*/tales"):
+        peft.load_peft(folder, model, chain, run.model)
 
 
 def test_an_adapter_of_layers_that_are_left_out_is_refused(adapter, stories, tmp_path):

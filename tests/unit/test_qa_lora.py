@@ -237,7 +237,7 @@ REFUSED = {
         {"group_size": 16},
         AffineFormat(bits=4, group_size=32),
     ),
-    r"group_size: 16, but 0 is quantized in groups of 64": (
+    r"group_size: 16, but 0 is quantized with one scale a row; .*quantize the model in groups, or skip": (
         {"group_size": 16},
         AffineFormat(bits=4, group_size=None),
     ),
@@ -253,6 +253,13 @@ REFUSED = {
     r"'gptq' needs calibration text and the whole model, and 0 is not quantized yet; quantize the model "
     r"first with `qrecipes quantize`": ({"group_size": 16, "quantizer": "gptq"}, None),
 }
+
+
+def test_a_width_that_no_group_divides_has_no_remedy_but_to_leave_the_layer_out():
+    """172 = 4 * 43, which is no multiple of 8, and one scale a row is not what this method can have."""
+    model = nn.Sequential(nn.Linear(172, 8))
+    with pytest.raises(ConfigError, match=r"0: group_size 32 does not divide 172 input features; leave the"):
+        Chain.from_configs([QALoRAConfig()]).swap(model)
 
 
 @pytest.mark.parametrize("message", REFUSED)
