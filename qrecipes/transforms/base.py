@@ -9,20 +9,8 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from fnmatch import fnmatchcase
-from types import NoneType, UnionType
-from typing import (
-    TYPE_CHECKING,
-    Any,
-    ClassVar,
-    Generic,
-    Literal,
-    NamedTuple,
-    TypeVar,
-    Union,
-    get_args,
-    get_origin,
-    get_type_hints,
-)
+from functools import cache
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, TypeVar, get_type_hints
 
 import torch
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -58,15 +46,15 @@ class TransformConfig(AOBaseConfig):
     """Fields that a run may change when it resumes from a checkpoint; the others must be equal."""
 
     def __post_init__(self) -> None:
-        """Raise ConfigError where a field is none of its choices, or no whole number, which TOML is held to
-        before it comes here; a method's own rules come after."""
-        for name, hint in _hints(type(self)).items():
+        """Raise ConfigError where a field has a value that its type does not allow, as TOML is told before it
+        comes here: a choice that is none would be taken for another. A method's own rules come after."""
+        for name, adapter in _adapters(type(self)).items():  # type: ignore[arg-type]
             value = getattr(self, name)
-            rules = [_broken_rule(value, kind) for kind in _alternatives(hint)]
-            if all(rules):
-                raise ConfigError(
-                    f"{_method_of(type(self))}.{name}: {value!r} {' and '.join(filter(None, rules))}"
-                )
+            try:
+                adapter.validate_python(value, strict=not isinstance(value, list))
+            except ValidationError as error:
+                rules = " and ".join(dict.fromkeys(found["msg"] for found in error.errors()))
+                raise ConfigError(f"{_method_of(type(self))}.{name}: {value!r}: {rules}") from error
 
     def fingerprint(self) -> dict[str, Any]:
         """The method and every field that must be equal for a checkpoint to fit a run."""
@@ -198,14 +186,6 @@ class Transform(abc.ABC, Generic[C]):
     micro-batches; a looser value states its reason."""
 
     def __init__(self, config: C) -> None:
-        """Raises ConfigError where a field has a value that its type does not allow: in Python nothing else
-        would tell, and a choice that is none would be taken for another."""
-        try:
-            TypeAdapter(type(config)).validate_python(asdict(config))
-        except ValidationError as error:
-            first = error.errors()[0]
-            place = ".".join(map(str, (self.name, *first["loc"])))
-            raise ConfigError(f"{place}: {first['input']!r}: {first['msg']}") from error
         self.config = config
 
     @property
@@ -323,26 +303,11 @@ class Transform(abc.ABC, Generic[C]):
 REGISTRY: dict[str, type[Transform]] = {}
 
 
-def _hints(cls: type[TransformConfig]) -> dict[str, Any]:
-    """The types of a configuration's fields."""
-    hints = get_type_hints(cls)
-    return {part.name: hints[part.name] for part in fields(cls)}
-
-
-def _alternatives(hint: Any) -> tuple[Any, ...]:
-    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-
-
-def _broken_rule(value: object, kind: Any) -> str | None:
-    """What `value` is not, of the kinds whose wrong values would pass for others: choices, whole numbers."""
-    if get_origin(kind) is Literal:
-        choices = get_args(kind)
-        return None if value in choices else f"is not one of {', '.join(map(str, choices))}"
-    if kind is int:
-        return None if isinstance(value, int) and not isinstance(value, bool) else "is no whole number"
-    if kind is NoneType:
-        return None if value is None else "is not left out"
-    return None
+@cache
+def _adapters(cls: Any) -> dict[str, TypeAdapter[Any]]:
+    """What checks each of a configuration's fields."""
+    hints = get_type_hints(cls, include_extras=True)
+    return {part.name: TypeAdapter(hints[part.name]) for part in fields(cls)}
 
 
 def _method_of(config: type[TransformConfig]) -> str:
