@@ -52,6 +52,13 @@ def finals(runs: Iterable[Run], metric: str) -> dict[int, float]:
     return {run["seed"]: list(values(run, metric).values())[-1] for run in runs if "failed" not in run}
 
 
+def best(runs: Iterable[Run], metric: str, better: str = "lower") -> Run | None:
+    """The run that ended best, the first of equals; None if all failed."""
+    ended = [(list(values(run, metric).values())[-1], run) for run in runs if "failed" not in run]
+    pick = min if better == "lower" else max
+    return pick(ended, key=lambda pair: pair[0])[1] if ended else None
+
+
 def differences(found: Mapping[int, float], base: Mapping[int, float]) -> dict[int, float]:
     """Relative difference in percent by seed, or by step, where both have a value; none from a base of 0."""
     return {key: 100 * (found[key] - base[key]) / abs(base[key]) for key in found if base.get(key)}
