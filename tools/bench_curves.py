@@ -68,8 +68,8 @@ class Case:
     """Its seeds, where they are not the plan's; one is enough for what does not train."""
     choices: tuple[tuple[str, ...], ...] = ()
     """Lists of section.key=value, of which the best in the plan's `[search]` is added to its overrides."""
-    chosen_for: str | None = None
-    """Title of a case with `choices`, whose choice it takes over."""
+    choices_of: tuple[str, ...] = ()
+    """Titles of earlier cases whose choices it takes over, before it makes its own."""
     recovers: str | None = None
     """Title of the case from which it is to make good what is lost against the baseline."""
     goal_recovered_percent: NonNegativeFloat | None = None
@@ -83,8 +83,9 @@ class Case:
         where = f"case {self.title!r}"
         if self.seeds is not None and len(set(self.seeds)) < max(len(self.seeds), 1):
             raise ConfigError(f"{where}: seeds: {list(self.seeds)} should be one or more, each once")
-        if self.choices and self.chosen_for is not None:
-            raise ConfigError(f"{where}: chosen_for: it has choices of its own; leave one of the two out")
+        twice = next((list(one) for one in self.choices if self.choices.count(one) > 1), None)
+        if twice is not None:
+            raise ConfigError(f"{where}: choices: {twice} is there twice; name each once")
         for goal, other in (("goal_recovered_percent", "recovers"), ("goal_versus_percent", "versus")):
             if getattr(self, goal) is not None and getattr(self, other) is None:
                 raise ConfigError(f"{where}: {goal}: a goal without a case to hold it against; set {other}")
@@ -140,14 +141,18 @@ class Plan:
 
     def _check(self, case: Case, titles: Sequence[str]) -> None:
         where = f"case {case.title!r}"
-        for key in ("chosen_for", "recovers", "versus"):
+        before = titles[: titles.index(case.title)]
+        for key in ("recovers", "versus"):
             other = getattr(case, key)
             if other is not None and (other not in titles or other == case.title):
                 raise ConfigError(
                     f"{where}: {key}: {other!r} is no other case; write one of {', '.join(titles)}"
                 )
-        if case.chosen_for is not None and not self.named(case.chosen_for).choices:
-            raise ConfigError(f"{where}: chosen_for: {case.chosen_for!r} has no choices; name one that has")
+        for title in case.choices_of:
+            if title not in before or not self.named(title).choices:
+                raise ConfigError(
+                    f"{where}: choices_of: {title!r} is no case before it that has choices; correct it"
+                )
         if case.choices and self.search is None:
             raise ConfigError(f"{where}: choices: nothing says how to choose; add a [search] table")
         if case.choices and self.search is not None and self.search.seed in self.seeds_of(case):
@@ -244,7 +249,7 @@ def load(path: Path) -> Plan:
 
 
 def list_jobs(
-    plan: Plan, overrides: Sequence[str] = (), choices: Mapping[str, Any] | None = None
+    plan: Plan, overrides: Sequence[str] = (), choices: Mapping[str, Sequence[str]] | None = None
 ) -> list[Job]:
     """Every case once with the first seed, then with the second: an early end leaves whole comparisons.
 
@@ -254,35 +259,38 @@ def list_jobs(
     jobs = []
     for seed in dict.fromkeys(seed for case in plan.case for seed in plan.seeds_of(case)):
         for case in plan.case:
-            chosen = _choice(case, choices)
+            own = [case.title] if case.choices else []
+            chosen = _chosen([*case.choices_of, *own], choices)
             if seed in plan.seeds_of(case) and chosen is not None:
-                own = (*plan.overrides, *case.overrides, *chosen, *overrides, f"seed={seed}")
-                jobs.append(Job(case.title, seed, case.config or plan.config, own))
+                what = (*plan.overrides, *case.overrides, *chosen, *overrides, f"seed={seed}")
+                jobs.append(Job(case.title, seed, case.config or plan.config, what))
     return jobs
 
 
-def _choice(case: Case, choices: Mapping[str, Any]) -> tuple[str, ...] | None:
-    """What was chosen for a case: nothing, if it needs nothing, None if nothing was chosen yet."""
-    source = case.title if case.choices else case.chosen_for
-    return () if source is None else choices.get(source)
-
-
-def list_searches(plan: Plan, overrides: Sequence[str] = ()) -> list[Job]:
-    """A run for each choice of each case."""
+def list_searches(
+    plan: Plan, overrides: Sequence[str] = (), choices: Mapping[str, Sequence[str]] | None = None
+) -> list[Job]:
+    """A run for each choice of each case, without those that wait for the choice of another case."""
     search = plan.search
     if search is None:
         return []
-    return [
-        Job(
-            case.title,
-            search.seed,
-            case.config or plan.config,
-            (*plan.overrides, *search.overrides, *case.overrides, *choice, *overrides, f"seed={search.seed}"),
-            choice,
-        )
-        for case in plan.case
-        for choice in case.choices
-    ]
+    jobs = []
+    for case in plan.case:
+        before = _chosen(case.choices_of, {} if choices is None else choices)
+        if before is None:
+            continue
+        common = (*plan.overrides, *search.overrides, *case.overrides, *before)
+        for choice in case.choices:
+            what = (*common, *choice, *overrides, f"seed={search.seed}")
+            jobs.append(Job(case.title, search.seed, case.config or plan.config, what, choice))
+    return jobs
+
+
+def _chosen(titles: Sequence[str], choices: Mapping[str, Sequence[str]]) -> tuple[str, ...] | None:
+    """The choices of some cases together, None if one is not made yet."""
+    if any(title not in choices for title in titles):
+        return None
+    return tuple(override for title in titles for override in choices[title])
 
 
 class Progress:
@@ -292,10 +300,9 @@ class Progress:
         self, plan: Plan, overrides: Sequence[str], known: Mapping[tuple[str, str], dict[str, Any]]
     ) -> None:
         self.plan, self.overrides, self.known = plan, overrides, known
-        self.searches = list_searches(plan, overrides)
         self.done: dict[Job, dict[str, Any]] = {}
         self._listed: set[Job] = set()
-        self.expected = len(self.searches) + sum(len(plan.seeds_of(case)) for case in plan.case)
+        self.expected = sum(len(case.choices) + len(plan.seeds_of(case)) for case in plan.case)
 
     def add(self, job: Job, result: dict[str, Any]) -> None:
         """Take in what a run found."""
@@ -305,9 +312,10 @@ class Progress:
         """By case, the choice that did best, of those whose runs did not fail; none where all did."""
         chosen = {}
         for case in self.plan.case:
-            jobs = [job for job in self.searches if job.case == case.title]
-            if jobs and all(job in self.done for job in jobs):
-                found = best([self.done[job] for job in jobs], self.plan.metric, self.plan.better)
+            tried = [run for job, run in self.done.items() if job.case == case.title and "choice" in run]
+            if case.choices and len(tried) == len(case.choices):
+                tried.sort(key=lambda run: case.choices.index(tuple(run["choice"])))
+                found = best(tried, self.plan.metric, self.plan.better)
                 if found is not None:
                     chosen[case.title] = tuple(found["choice"])
         return chosen
@@ -316,7 +324,7 @@ class Progress:
         """What can run now and was not given out before; what is known from before is taken in at once."""
         ready: list[Job] = []
         while True:
-            jobs = [*self.searches, *self.jobs()]
+            jobs = [*self.searches(), *self.jobs()]
             fresh = [job for job in jobs if job not in self._listed]
             self._listed.update(fresh)
             found = [job for job in fresh if (job.case, job.command) in self.known]
@@ -325,6 +333,10 @@ class Progress:
             ready += [job for job in fresh if job not in found]
             if not found:
                 return ready
+
+    def searches(self) -> list[Job]:
+        """The runs that choose, as far as they do not wait for other choices."""
+        return list_searches(self.plan, self.overrides, self.choices())
 
     def jobs(self) -> list[Job]:
         """The runs that are compared, as far as choices are made."""
@@ -499,7 +511,7 @@ def assemble(plan: Plan, command: str, progress: Progress) -> dict[str, Any]:
     """The JSON: an environment that differs from the first run's stays with its run."""
     runs, searched = (
         [progress.done[job] for job in jobs if job in progress.done]
-        for jobs in (progress.jobs(), progress.searches)
+        for jobs in (progress.jobs(), progress.searches())
     )
     environments = [run["environment"] for run in (*runs, *searched) if "environment" in run]
     common = environments[0] if environments else None
@@ -511,7 +523,7 @@ def assemble(plan: Plan, command: str, progress: Progress) -> dict[str, Any]:
         ]
 
     described = json.loads(json.dumps(asdict(plan)))
-    search = {"choices": progress.choices(), "search": kept(searched)} if progress.searches else {}
+    search = {"choices": progress.choices(), "search": kept(searched)} if plan.search else {}
     return {
         "command": command,
         "environment": common,

@@ -30,7 +30,7 @@ def claims(monkeypatch):
 SEARCH = '[search]\nseed = 9\noverrides = ["steps=3", "optim.lr=7"]\n'
 CASES = (
     'title = "a"\noverrides = ["a=1"]\nchoices = [["lr=0.3"], ["lr=0.1"], ["lr=0.2"]]',
-    'title = "b"\nchosen_for = "a"',
+    'title = "b"\nchoices_of = ["a"]',
     'title = "c"\nseeds = [4]\noverrides = ["steps=0"]',
 )
 
@@ -60,7 +60,7 @@ rows = [{"step": 0, "val_loss": 9.0}, {"step": 1, "loss": 8.0}, {"step": 1, "val
 
 @pytest.fixture
 def fake(bench, monkeypatch, tmp_path):
-    """Training replaced by a script whose loss is 4 plus the learning rate; the file with its command lines."""
+    """Training replaced by a script whose loss is 4 plus the rate; the file with its commands."""
     script, marks = tmp_path / "fake.py", tmp_path / "marks"
     script.write_text(FAKE_TRAINING)
     marks.touch()
@@ -92,12 +92,34 @@ def test_the_best_choice_is_trained_with_and_taken_over(tmp_path, bench, fake, c
 
 def test_a_search_is_short_and_a_case_has_the_last_word(tmp_path, bench):
     """Overrides in order: the plan's, the search's, the case's, the choice, the command line's, the seed."""
-    plan = bench.load(write_plan(tmp_path, *CASES, 'title = "d"\noverrides = ["steps=0"]\nchoices = [["x=1"]]'))
+    plan = bench.load(
+        write_plan(tmp_path, *CASES, 'title = "d"\noverrides = ["steps=0"]\nchoices = [["x=1"]]')
+    )
     jobs = bench.list_searches(plan, ["last=1"])
     assert jobs[0].overrides == (
         "steps=6", "steps=3", "optim.lr=7", "a=1", "lr=0.3", "last=1", "seed=9",
     )  # fmt: skip
     assert jobs[3].overrides[:4] == ("steps=6", "steps=3", "optim.lr=7", "steps=0")
+
+
+def test_a_search_waits_for_the_choices_that_it_takes_over(tmp_path, bench, fake):
+    """b is searched with a's best range, and c is trained with both choices."""
+    cases = (
+        'title = "a"\nchoices = [["lr=0.3", "p=3"], ["lr=0.1", "p=4"]]',
+        'title = "b"\nchoices_of = ["a"]\nchoices = [["lr=0.5"], ["lr=0.4"]]',
+        'title = "c"\nchoices_of = ["a", "b"]',
+    )
+    plan = bench.load(write_plan(tmp_path, *cases))
+    assert [job.case for job in bench.list_searches(plan)] == ["a", "a"]
+    assert bench.main([str(tmp_path / "plan.toml"), "--jobs", "3"]) == 0
+    document = json.loads((tmp_path / "plan.json").read_text())
+    assert document["choices"] == {"a": ["lr=0.1", "p=4"], "b": ["lr=0.4"]}
+    searched = [run["command"].split() for run in document["search"] if run["case"] == "b"]
+    assert [command[-5:-1] for command in searched] == [
+        ["optim.lr=7", "lr=0.1", "p=4", rate] for rate in ("lr=0.5", "lr=0.4")
+    ]
+    last = [run["command"].split() for run in document["runs"] if run["case"] == "c"]
+    assert last[0][-4:] == ["lr=0.1", "p=4", "lr=0.4", "seed=0"]
 
 
 def test_a_choice_that_fails_is_not_taken(tmp_path, bench, fake):
@@ -147,12 +169,12 @@ def test_when_the_time_is_up_nothing_starts_and_what_was_found_is_kept(tmp_path,
     [
         ("choices = [['x=1']]", "", r"case 'b': choices: nothing says how to choose; add a \[search\] table"),
         ("choices = [['x=1']]", SEARCH.replace("9", "1"), "search.seed: 1 is a seed of case 'b', too"),
-        ('chosen_for = "a"', SEARCH, "case 'b': chosen_for: 'a' has no choices"),
-        ('chosen_for = "z"', SEARCH, "case 'b': chosen_for: 'z' is no other case; write one of a, b"),
+        ('choices_of = ["a"]', SEARCH, "case 'b': choices_of: 'a' is no case before it that has choices"),
+        ('choices_of = ["b"]\nchoices = [["x=1"]]', SEARCH, "case 'b': choices_of: 'b' is no case before"),
         ('recovers = "b"', SEARCH, "case 'b': recovers: 'b' is no other case"),
         ("goal_versus_percent = 1.0", SEARCH, "case 'b': goal_versus_percent: a goal without a case"),
         ("seeds = []", SEARCH, r"case 'b': seeds: \[\] should be one or more"),
-        ('choices = [["x=1"]]\nchosen_for = "a"', SEARCH, "case 'b': chosen_for: it has choices of its own"),
+        ('choices = [["x=1"], ["x=1"]]', SEARCH, r"case 'b': choices: \['x=1'\] is there twice"),
     ],
 )
 def test_a_wrong_plan_is_refused_with_its_place(tmp_path, bench, case, search, message):
@@ -169,7 +191,7 @@ def plan_of(*cases: dict, better: str = "lower") -> dict:
 
 
 def test_the_share_made_good_is_that_of_the_way_from_below_to_above(claims):
-    """By hand: from 30 towards 20 and 22, 21 and 24 are 90% and 75% of the way; their deviation 15/sqrt(2)."""
+    """By hand: from 30 towards 20 and 22, 21 and 24 are 90% and 75% of the way, 15/sqrt(2) apart."""
     plan = plan_of(
         {"title": "above"},
         {"title": "below", "seeds": [7]},
@@ -216,11 +238,13 @@ def test_what_did_not_run_is_not_judged(claims):
 def test_the_shipped_plan_chooses_by_other_data_than_it_judges_by(bench):
     """And every run that it could lead to has a right configuration, with no text seen twice."""
     plan = bench.load(ROOT / "benchmarks/smollm2_qat_h100.toml")
-    for job in bench.list_searches(plan):
+    choices = {case.title: case.choices[0] for case in plan.case if case.choices}
+    searches = bench.list_searches(plan, (), choices)
+    assert len(searches) == sum(len(case.choices) for case in plan.case)
+    for job in searches:
         run = parse.load(job.config, job.overrides)
         assert run.data.validation_files == ("data/qat/wiki/validation",)
         assert run.steps <= 100
-    choices = {case.title: case.choices[0] for case in plan.case if case.choices}
     jobs = bench.list_jobs(plan, (), choices)
     assert len(jobs) == sum(len(plan.seeds_of(case)) for case in plan.case)
     for job in jobs:
