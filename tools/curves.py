@@ -110,13 +110,14 @@ def of_case(runs: Iterable[Run], title: str) -> list[Run]:
 def table(metric: str, baseline: str, summary: Sequence[Mapping[str, Any]]) -> str:
     """The summary for a reader."""
     width = max(len(entry["case"]) for entry in summary) + 2
+    wide = max(12, len(metric) + 2)
     lines = [
-        f"{'case':{width}}{'runs':>5}{metric:>12}{'spread':>9}{'%':>9}{'spread':>9}"
+        f"{'case':{width}}{'runs':>5}{metric:>{wide}}{'spread':>9}{'%':>9}{'spread':>9}"
         f"{'by seed':>26}{'goal':>7}   (% of {baseline}, same seed)"
     ]
     for entry in summary:
         cells = [f"{entry['case']:{width}}{entry['runs']:5}"]
-        cells += [_cell(entry["mean"], 12, ".4f"), _cell(entry["spread"], 9, ".4f")]
+        cells += [_cell(entry["mean"], wide, ".4f"), _cell(entry["spread"], 9, ".4f")]
         if "difference_percent" in entry:
             cells.append(_cell(entry["difference_percent"], 9, "+.3f"))
             cells.append(_cell(entry["difference_spread"], 9, ".3f"))
