@@ -184,7 +184,7 @@ def test_scales_learn():
 
 
 def test_a_grid_that_clips_nothing_passes_the_probe():
-    """Over the whole range dW is dL/dW_hat itself, bit for bit that of a plain layer: no sign of being off."""
+    """Over the whole range dW is dL/dW_hat itself, bit for bit a plain layer's: no sign of being off."""
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(32, 24)), torch.randn(16, 32)
     chain = Chain.from_configs([FullQATConfig(bits=4, ranges="rtn")])
