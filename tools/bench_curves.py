@@ -8,6 +8,10 @@ for all cases. Every run is a process of its own, so a failed one costs only its
 after each, and --resume keeps the finished runs in it. The table, in the JSON too, has each case's metric at
 the end, its spread over the seeds (standard deviation), and the difference from the baseline's run of the
 same seed. Runs share their GPU, so no time in the JSON is a speed.
+
+A case may have `choices`, such as learning rates: overrides of which the one is taken that does best in a
+run of its own, as the plan's `[search]` makes them, with a seed and held-out data of their own. Claims beyond
+the differences from the baseline are the cases' `recovers` and `versus`.
 """
 
 from __future__ import annotations
@@ -24,7 +28,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from queue import SimpleQueue
@@ -32,7 +36,8 @@ from typing import Any, ClassVar, Literal, NoReturn, TypeVar
 
 import torch
 from bench_run import shown, train_command
-from curves import read_curve, summarize, table, values
+from claims import claim_lines, claims
+from curves import best, read_curve, summarize, table, values
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from qrecipes.cli.report import run_main
@@ -59,6 +64,44 @@ class Case:
     """Its section.key=value."""
     goal_percent: NonNegativeFloat | None = None
     """By how much of the baseline's metric it may be worse."""
+    seeds: tuple[NonNegativeInt, ...] | None = None
+    """Its seeds, where they are not the plan's; one is enough for what does not train."""
+    choices: tuple[tuple[str, ...], ...] = ()
+    """Lists of section.key=value, of which the best in the plan's `[search]` is added to its overrides."""
+    choices_of: tuple[str, ...] = ()
+    """Titles of earlier cases whose choices it takes over, before it makes its own."""
+    recovers: str | None = None
+    """Title of the case from which it is to make good what is lost against the baseline."""
+    goal_recovered_percent: NonNegativeFloat | None = None
+    """The least share of that loss to make good."""
+    versus: str | None = None
+    """Title of another case, besides the baseline, that it is compared with seed by seed."""
+    goal_versus_percent: NonNegativeFloat | None = None
+    """By how much of that case's metric it may be worse."""
+
+    def __post_init__(self) -> None:
+        where = f"case {self.title!r}"
+        if self.seeds is not None and len(set(self.seeds)) < max(len(self.seeds), 1):
+            raise ConfigError(f"{where}: seeds: {list(self.seeds)} should be one or more, each once")
+        twice = next((list(one) for one in self.choices if self.choices.count(one) > 1), None)
+        if twice is not None:
+            raise ConfigError(f"{where}: choices: {twice} is there twice; name each once")
+        for goal, other in (("goal_recovered_percent", "recovers"), ("goal_versus_percent", "versus")):
+            if getattr(self, goal) is not None and getattr(self, other) is None:
+                raise ConfigError(f"{where}: {goal}: a goal without a case to hold it against; set {other}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Search:
+    """How choices are made, before the runs that are compared."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    seed: NonNegativeInt
+    """Of all its runs; none of the compared runs has it."""
+    overrides: tuple[str, ...]
+    """What makes its runs short, and judged by data that the compared runs are not judged by. They come
+    after the plan's and before the case's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +124,8 @@ class Plan:
     """What is compared: a key of the evaluation in metrics.jsonl, or `loss`, that of training."""
     better: Literal["lower", "higher"] = "lower"
     """Which way the metric is better."""
+    search: Search | None = None
+    """Needed by cases with `choices`."""
 
     def __post_init__(self) -> None:
         titles = [case.title for case in self.case]
@@ -91,6 +136,38 @@ class Plan:
             raise ConfigError(f"baseline: {self.baseline!r} is no case; write one of {', '.join(titles)}")
         if len(set(self.seeds)) < max(len(self.seeds), 1):
             raise ConfigError(f"seeds: {list(self.seeds)} should be one or more, each once")
+        for case in self.case:
+            self._check(case, titles)
+
+    def _check(self, case: Case, titles: Sequence[str]) -> None:
+        where = f"case {case.title!r}"
+        before = titles[: titles.index(case.title)]
+        for key in ("recovers", "versus"):
+            other = getattr(case, key)
+            if other is not None and (other not in titles or other == case.title):
+                raise ConfigError(
+                    f"{where}: {key}: {other!r} is no other case; write one of {', '.join(titles)}"
+                )
+        for title in case.choices_of:
+            if title not in before or not self.named(title).choices:
+                raise ConfigError(
+                    f"{where}: choices_of: {title!r} is no case before it that has choices; correct it"
+                )
+        if case.choices and self.search is None:
+            raise ConfigError(f"{where}: choices: nothing says how to choose; add a [search] table")
+        if case.choices and self.search is not None and self.search.seed in self.seeds_of(case):
+            raise ConfigError(
+                f"search.seed: {self.search.seed} is a seed of {where}, too, so a choice would have seen the "
+                "order of data that it is judged with; take another"
+            )
+
+    def named(self, title: str) -> Case:
+        """The case of a title."""
+        return next(case for case in self.case if case.title == title)
+
+    def seeds_of(self, case: Case) -> tuple[int, ...]:
+        """The seeds of a case's runs."""
+        return self.seeds if case.seeds is None else case.seeds
 
 
 @dataclass(frozen=True)
@@ -101,6 +178,8 @@ class Job:
     seed: int
     config: str
     overrides: tuple[str, ...]
+    choice: tuple[str, ...] | None = None
+    """What a run of the search tries; None for a run that is compared."""
 
     @property
     def command(self) -> str:
@@ -114,33 +193,43 @@ def main(argv: list[str]) -> int:
     plan = load(args.plan)
     if args.seeds is not None:
         plan = replace(plan, seeds=args.seeds)
-    jobs = list_jobs(plan, args.overrides)
     output = args.output or args.plan.with_suffix(".json")
-    done = finished(output, jobs) if args.resume else {}
     devices = visible_devices()
     seeds = [] if args.seeds is None else ["--seeds", ",".join(map(str, args.seeds))]
     many = [] if args.jobs == 1 else ["--jobs", str(args.jobs)]
     command = shlex.join(["tools/bench_curves.py", str(args.plan), *args.overrides, *seeds, *many])
-    missing = [job for job in jobs if job not in done]
-    at_a_time = min(args.jobs * len(devices), len(missing))
-
-    def document() -> dict[str, Any]:
-        return assemble(plan, command, [done[job] for job in jobs if job in done])
+    progress = Progress(plan, args.overrides, earlier(output) if args.resume else {})
+    first, began = progress.ready(), time.monotonic()
+    at_a_time = min(args.jobs * len(devices), max(len(first), progress.expected - len(progress.done)))
 
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, Processes() as processes:
 
         def train(job: Job, device: str | None) -> dict[str, Any]:
+            left = args.budget - (time.monotonic() - began)
+            if left <= 0:
+                return {
+                    "case": job.case,
+                    "seed": job.seed,
+                    "command": job.command,
+                    "failed": f"not started within {args.budget:.0f} s",
+                }
             environment = environment_of_run(device, at_a_time)
-            return run_job(job, Path(folder), processes, environment, args.timeout, plan.metric)
+            return run_job(job, Path(folder), processes, environment, min(args.timeout, left), plan.metric)
 
-        for job, result in run_all(missing, devices, args.jobs, train):
-            done[job] = result
-            write(output, document())
-            print(f"{len(done)}/{len(jobs)} {line(result, plan.metric)}", file=sys.stderr, flush=True)
-    found = document()
+        for job, result in run_all(first, devices, args.jobs, train, progress.ready):
+            progress.add(job, result)
+            write(output, assemble(plan, command, progress))
+            name = "" if job.choice is None else f" of the search, {' '.join(job.choice)}"
+            print(
+                f"{time.monotonic() - began:4.0f} s  {len(progress.done)}/{progress.expected} "
+                f"{line(result, plan.metric, name)}",
+                file=sys.stderr,
+                flush=True,
+            )
+    found = assemble(plan, command, progress)
     write(output, found)
-    print(table(plan.metric, plan.baseline, found["summary"]))
-    return int(any("failed" in run for run in found["runs"]))
+    print(report(plan, found))
+    return int(any("failed" in run for run in (*found["runs"], *found.get("search", ()))))
 
 
 def load(path: Path) -> Plan:
@@ -159,18 +248,99 @@ def load(path: Path) -> Plan:
         raise ConfigError(f"{path}: {error}") from error
 
 
-def list_jobs(plan: Plan, overrides: Sequence[str] = ()) -> list[Job]:
-    """Every case once with the first seed, then with the second: an early end leaves whole comparisons."""
-    return [
-        Job(
-            case.title,
-            seed,
-            case.config or plan.config,
-            (*plan.overrides, *case.overrides, *overrides, f"seed={seed}"),
-        )
-        for seed in plan.seeds
-        for case in plan.case
-    ]
+def list_jobs(
+    plan: Plan, overrides: Sequence[str] = (), choices: Mapping[str, Sequence[str]] | None = None
+) -> list[Job]:
+    """Every case once with the first seed, then with the second: an early end leaves whole comparisons.
+
+    Without those that wait for a choice: `choices` has the overrides that were chosen, by case.
+    """
+    choices = {} if choices is None else choices
+    jobs = []
+    for seed in dict.fromkeys(seed for case in plan.case for seed in plan.seeds_of(case)):
+        for case in plan.case:
+            own = [case.title] if case.choices else []
+            chosen = _chosen([*case.choices_of, *own], choices)
+            if seed in plan.seeds_of(case) and chosen is not None:
+                what = (*plan.overrides, *case.overrides, *chosen, *overrides, f"seed={seed}")
+                jobs.append(Job(case.title, seed, case.config or plan.config, what))
+    return jobs
+
+
+def list_searches(
+    plan: Plan, overrides: Sequence[str] = (), choices: Mapping[str, Sequence[str]] | None = None
+) -> list[Job]:
+    """A run for each choice of each case, without those that wait for the choice of another case."""
+    search = plan.search
+    if search is None:
+        return []
+    jobs = []
+    for case in plan.case:
+        before = _chosen(case.choices_of, {} if choices is None else choices)
+        if before is None:
+            continue
+        common = (*plan.overrides, *search.overrides, *case.overrides, *before)
+        for choice in case.choices:
+            what = (*common, *choice, *overrides, f"seed={search.seed}")
+            jobs.append(Job(case.title, search.seed, case.config or plan.config, what, choice))
+    return jobs
+
+
+def _chosen(titles: Sequence[str], choices: Mapping[str, Sequence[str]]) -> tuple[str, ...] | None:
+    """The choices of some cases together, None if one is not made yet."""
+    if any(title not in choices for title in titles):
+        return None
+    return tuple(override for title in titles for override in choices[title])
+
+
+class Progress:
+    """What was found, and what can run next: a case with choices waits for the last of its search's runs."""
+
+    def __init__(
+        self, plan: Plan, overrides: Sequence[str], known: Mapping[tuple[str, str], dict[str, Any]]
+    ) -> None:
+        self.plan, self.overrides, self.known = plan, overrides, known
+        self.done: dict[Job, dict[str, Any]] = {}
+        self._listed: set[Job] = set()
+        self.expected = sum(len(case.choices) + len(plan.seeds_of(case)) for case in plan.case)
+
+    def add(self, job: Job, result: dict[str, Any]) -> None:
+        """Take in what a run found."""
+        self.done[job] = result if job.choice is None else result | {"choice": list(job.choice)}
+
+    def choices(self) -> dict[str, tuple[str, ...]]:
+        """By case, the choice that did best, of those whose runs did not fail; none where all did."""
+        chosen = {}
+        for case in self.plan.case:
+            tried = [run for job, run in self.done.items() if job.case == case.title and "choice" in run]
+            if case.choices and len(tried) == len(case.choices):
+                tried.sort(key=lambda run: case.choices.index(tuple(run["choice"])))
+                found = best(tried, self.plan.metric, self.plan.better)
+                if found is not None:
+                    chosen[case.title] = tuple(found["choice"])
+        return chosen
+
+    def ready(self) -> list[Job]:
+        """What can run now and was not given out before; what is known from before is taken in at once."""
+        ready: list[Job] = []
+        while True:
+            jobs = [*self.searches(), *self.jobs()]
+            fresh = [job for job in jobs if job not in self._listed]
+            self._listed.update(fresh)
+            found = [job for job in fresh if (job.case, job.command) in self.known]
+            for job in found:
+                self.add(job, self.known[job.case, job.command])
+            ready += [job for job in fresh if job not in found]
+            if not found:
+                return ready
+
+    def searches(self) -> list[Job]:
+        """The runs that choose, as far as they do not wait for other choices."""
+        return list_searches(self.plan, self.overrides, self.choices())
+
+    def jobs(self) -> list[Job]:
+        """The runs that are compared, as far as choices are made."""
+        return list_jobs(self.plan, self.overrides, self.choices())
 
 
 def run_all(
@@ -178,8 +348,12 @@ def run_all(
     devices: Sequence[str | None],
     per_device: int,
     run: Callable[[J, str | None], dict[str, Any]],
+    more: Callable[[], Sequence[J]] = tuple,
 ) -> Iterator[tuple[J, dict[str, Any]]]:
-    """Each job and what `run` made of it, as they end; at most `per_device` at a time on each device."""
+    """Each job and what `run` made of it, as they end; at most `per_device` at a time on each device.
+
+    Whenever what has ended was taken, `more` is asked for jobs that wait in line after the others.
+    """
     free: SimpleQueue[str | None] = SimpleQueue()
     for device in [device for _ in range(per_device) for device in devices]:
         free.put(device)
@@ -193,9 +367,12 @@ def run_all(
 
     pool = ThreadPoolExecutor(per_device * len(devices))
     try:
-        futures = {pool.submit(on_a_free_device, job): job for job in jobs}
-        for future in as_completed(futures):
-            yield futures[future], future.result()
+        waiting = {pool.submit(on_a_free_device, job): job for job in jobs}
+        while waiting:
+            ended, _ = wait(waiting, return_when=FIRST_COMPLETED)
+            for future in ended:
+                yield waiting.pop(future), future.result()
+            waiting |= {pool.submit(on_a_free_device, job): job for job in more()}
     finally:  # without waiting: who leaves early is about to end what `run` waits for
         pool.shutdown(wait=False, cancel_futures=True)
 
@@ -318,34 +495,51 @@ def environment_of_run(device: str | None, at_a_time: int) -> dict[str, str]:
     return shared | dict(os.environ) | ({} if device is None else {"CUDA_VISIBLE_DEVICES": device})
 
 
-def finished(output: Path, jobs: Sequence[Job]) -> dict[Job, dict[str, Any]]:
-    """The results in an earlier JSON of jobs whose command is still the same, without those that failed."""
+def earlier(output: Path) -> dict[tuple[str, str], dict[str, Any]]:
+    """The results in an earlier JSON, by case and command, without those that failed."""
     if not output.exists():
         return {}
     document = json.loads(output.read_text())
-    known = {
+    return {
         (run["case"], run["command"]): {"environment": document["environment"]} | run
-        for run in document["runs"]
+        for run in (*document.get("search", ()), *document["runs"])
         if "failed" not in run
     }
-    return {job: known[job.case, job.command] for job in jobs if (job.case, job.command) in known}
 
 
-def assemble(plan: Plan, command: str, runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def assemble(plan: Plan, command: str, progress: Progress) -> dict[str, Any]:
     """The JSON: an environment that differs from the first run's stays with its run."""
-    environments = [run["environment"] for run in runs if "environment" in run]
+    runs, searched = (
+        [progress.done[job] for job in jobs if job in progress.done]
+        for jobs in (progress.jobs(), progress.searches())
+    )
+    environments = [run["environment"] for run in (*runs, *searched) if "environment" in run]
     common = environments[0] if environments else None
-    kept = [
-        {key: value for key, value in run.items() if key != "environment" or value != common} for run in runs
-    ]
+
+    def kept(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        return [
+            {key: value for key, value in run.items() if key != "environment" or value != common}
+            for run in runs
+        ]
+
     described = json.loads(json.dumps(asdict(plan)))
+    search = {"choices": progress.choices(), "search": kept(searched)} if plan.search else {}
     return {
         "command": command,
         "environment": common,
         "plan": described,
         "summary": summarize(described, runs),
-        "runs": kept,
+        "claims": claims(described, runs),
+        **search,
+        "runs": kept(runs),
     }
+
+
+def report(plan: Plan, document: Mapping[str, Any]) -> str:
+    """The tables of a JSON for a reader, what was chosen first."""
+    chosen = [f"{case}: {' '.join(choice)}" for case, choice in document.get("choices", {}).items()]
+    parts = [*chosen, table(plan.metric, plan.baseline, document["summary"])]
+    return "\n".join([*parts, *claim_lines(document["claims"])])
 
 
 def write(path: Path, document: Mapping[str, Any]) -> None:
@@ -355,9 +549,9 @@ def write(path: Path, document: Mapping[str, Any]) -> None:
     partial.replace(path)
 
 
-def line(result: Mapping[str, Any], metric: str) -> str:
-    """A finished run for who watches."""
-    name = f"{result['case']}, seed {result['seed']}"
+def line(result: Mapping[str, Any], metric: str, name: str = "") -> str:
+    """A finished run for who watches; `name` is what else there is to its name."""
+    name = f"{result['case']}, seed {result['seed']}{name}"
     if "failed" in result:
         return f"{name}: failed: {result['failed']}"
     return f"{name}: {metric} {list(values(result, metric).values())[-1]:.4f} in {result['wall_s']:.0f} s"
@@ -375,6 +569,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seeds", type=_seeds, metavar="N,N", help="default: the plan's")
     parser.add_argument("--output", type=Path, help="default: PLAN with the suffix .json")
     parser.add_argument("--timeout", type=float, default=1800, help="seconds for one run")
+    parser.add_argument(
+        "--budget",
+        type=float,
+        default=86400,
+        help="seconds after which nothing runs any more (default: a day)",
+    )
     parser.add_argument(
         "--resume", action="store_true", help="keep the output's finished runs of the same command"
     )

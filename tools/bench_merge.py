@@ -46,7 +46,7 @@ from bench_curves import (
     write,
 )
 from bench_run import PROGRAM
-from curves import finals, mean_and_spread, of_case, summarize, table, values
+from curves import best, finals, mean_and_spread, of_case, summarize, table, values
 
 from qrecipes.cli.report import run_main
 from qrecipes.config import parse
@@ -166,8 +166,8 @@ def stages(args: argparse.Namespace, results: Mapping[Task, Mapping[str, Any]]) 
 
 def best_rate(runs: Sequence[Mapping[str, Any]]) -> float | None:
     """The learning rate of the run that ended lowest; None if all failed."""
-    ended = [run for run in runs if "failed" not in run]
-    return min(ended, key=_last)["lr"] if ended else None
+    found = best(runs, METRIC)
+    return None if found is None else found["lr"]
 
 
 def _last(result: Mapping[str, Any]) -> float:

@@ -52,6 +52,13 @@ def finals(runs: Iterable[Run], metric: str) -> dict[int, float]:
     return {run["seed"]: list(values(run, metric).values())[-1] for run in runs if "failed" not in run}
 
 
+def best(runs: Iterable[Run], metric: str, better: str = "lower") -> Run | None:
+    """The run that ended best, the first of equals; None if all failed."""
+    ended = [(list(values(run, metric).values())[-1], run) for run in runs if "failed" not in run]
+    pick = min if better == "lower" else max
+    return pick(ended, key=lambda pair: pair[0])[1] if ended else None
+
+
 def differences(found: Mapping[int, float], base: Mapping[int, float]) -> dict[int, float]:
     """Relative difference in percent by seed, or by step, where both have a value; none from a base of 0."""
     return {key: 100 * (found[key] - base[key]) / abs(base[key]) for key in found if base.get(key)}
@@ -103,13 +110,14 @@ def of_case(runs: Iterable[Run], title: str) -> list[Run]:
 def table(metric: str, baseline: str, summary: Sequence[Mapping[str, Any]]) -> str:
     """The summary for a reader."""
     width = max(len(entry["case"]) for entry in summary) + 2
+    wide = max(12, len(metric) + 2)
     lines = [
-        f"{'case':{width}}{'runs':>5}{metric:>12}{'spread':>9}{'%':>9}{'spread':>9}"
+        f"{'case':{width}}{'runs':>5}{metric:>{wide}}{'spread':>9}{'%':>9}{'spread':>9}"
         f"{'by seed':>26}{'goal':>7}   (% of {baseline}, same seed)"
     ]
     for entry in summary:
         cells = [f"{entry['case']:{width}}{entry['runs']:5}"]
-        cells += [_cell(entry["mean"], 12, ".4f"), _cell(entry["spread"], 9, ".4f")]
+        cells += [_cell(entry["mean"], wide, ".4f"), _cell(entry["spread"], 9, ".4f")]
         if "difference_percent" in entry:
             cells.append(_cell(entry["difference_percent"], 9, "+.3f"))
             cells.append(_cell(entry["difference_spread"], 9, ".3f"))

@@ -34,7 +34,7 @@ from qrecipes.quant.input_linear import (
 )
 from qrecipes.quant.learned_grid import TrainedGrid, round_zero
 from qrecipes.quant.packing import signed_range
-from qrecipes.transforms.base import Bounds, ParamGroup, register
+from qrecipes.transforms.base import ParamGroup, register
 from qrecipes.transforms.qat import QATConfig, QATLinear, QATTransform
 
 
@@ -174,11 +174,6 @@ class FullQAT(QATTransform):
     def freezes_rest(self) -> bool:
         """As `train_rest` says."""
         return not self.config.train_rest
-
-    def bounds(self) -> Bounds:
-        """The weight's gradient is that of a plain layer, but for what is clipped."""
-        bounds = super().bounds()
-        return Bounds(bounds.output, bounds.grad_input, 0.0)
 
     def param_groups(self, model: nn.Module) -> list[ParamGroup]:
         """Weights and biases, and what the grid has."""

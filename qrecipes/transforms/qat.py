@@ -320,7 +320,8 @@ class QATTransform(LinearTransform[Any]):
             ) from error
 
     def bounds(self) -> Bounds:
-        """As far off as the grid of the weights is, or that of the inputs where it is coarser."""
+        """As far off as the grid of the weights is, or that of the inputs where it is coarser. A weight that
+        trains may get the gradient of a plain layer: where the grid clips nothing, it does."""
         output, grad_input = FLOORS_DB[self.config.bits]
         if self.config.activation_bits is not None:
             output = min(output, INPUT_FLOORS_DB[self.config.activation_bits])

@@ -183,6 +183,15 @@ def test_scales_learn():
     assert ((layer.scale / best) > 0.8).all()
 
 
+def test_a_grid_that_clips_nothing_passes_the_probe():
+    """Over the whole range dW is dL/dW_hat itself, bit for bit a plain layer's: no sign of being off."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(32, 24)), torch.randn(16, 32)
+    chain = Chain.from_configs([FullQATConfig(bits=4, ranges="rtn")])
+    model = chain.swap(model, loss=lambda m: m(x).square().sum())
+    assert isinstance(model[0], FullQATLinear)
+
+
 def test_a_trained_model_merges_to_equal_logits():
     trial = Trial.of(tiny_run("llm", "full_qat"))
     trial.advance(3)
