@@ -148,6 +148,16 @@ def main(argv: list[str]) -> int:
 def stages(args: argparse.Namespace, results: Mapping[Task, Mapping[str, Any]]) -> Iterator[list[Task]]:
     """What can run at the same time; each stage needs `results` of those before."""
     ways = methods(args)
+
+    def final(way: Method, lr: float) -> list[Task]:
+        return [Task("final", way.bits, way, seed, lr) for seed in args.seeds]
+
+    if not args.search_steps:
+        unquantized = [task for way in ways if way.bits is None for task in final(way, args.lrs[0])]
+        yield [*(Task("base", bits) for bits in args.bits), *unquantized, Task("plain")]
+        ready = [way for way in ways if way.bits and "failed" not in results[Task("base", way.bits)]]
+        yield [task for way in ready for task in final(way, args.lrs[0])]
+        return
     search = {
         way: [Task("search", way.bits, way, max(args.seeds) + 1, lr) for lr in args.lrs] for way in ways
     }
@@ -156,12 +166,7 @@ def stages(args: argparse.Namespace, results: Mapping[Task, Mapping[str, Any]]) 
     ready = [way for way in ways if way.bits is None or "failed" not in results[Task("base", way.bits)]]
     yield [task for way in ready if way.bits is not None for task in search[way]]
     best = {way: best_rate([results[task] for task in search[way]]) for way in ready}
-    yield [
-        Task("final", way.bits, way, seed, lr)
-        for seed in args.seeds
-        for way, lr in best.items()
-        if lr is not None
-    ]
+    yield [task for way, lr in best.items() if lr is not None for task in final(way, lr)]
 
 
 def best_rate(runs: Sequence[Mapping[str, Any]]) -> float | None:
@@ -296,6 +301,8 @@ def assemble(
         "verdicts": [verdict(one) for one in found],
         "learning_rates": {
             way.title: best_rate([r for t, r in trained if t.method == way and t.kind == "search"])
+            if args.search_steps
+            else args.lrs[0]
             for way in methods(args)
         },
         "processes": sorted(runs, key=lambda run: run["title"]),
@@ -441,7 +448,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--steps", type=int, default=240, help="default: %(default)s")
     add("--seeds", type=_numbers, default=(0, 1, 2), metavar="N,N", help="default: 0,1,2")
     add("--lrs", type=_rates, default=(2e-5, 2e-4, 1e-3, 4e-3), help="default: 2e-5,2e-4,1e-3,4e-3")
-    add("--search-steps", type=int, default=60, help="default: %(default)s")
+    add(
+        "--search-steps", type=int, default=60, help="0: no search, the first of --lrs (default: %(default)s)"
+    )
     add("--search-share", type=float, default=0.05, help="default: %(default)s")
     add("--samples", type=int, default=128, help="calibration samples of one sequence (default: %(default)s)")
     add("--ranges", default="rtn", help="of GPTQ's groups, as in qrecipes quantize (default: %(default)s)")

@@ -100,7 +100,11 @@ def test_ragged_weights_and_products(format, N, K, T, dtype, seed):
     w = dequantize(payload, format, K, dtype)
     assert torch.equal(w.cpu(), dequantize_reference(on_cpu(payload), format, K, dtype))
     x, bias = torch.randn(T, K, device="cuda").to(dtype), torch.randn(N, device="cuda").to(dtype)
-    assert_products_are_close(dequantize_mm(x, payload, format, bias), x, w, bias)
+    y = dequantize_mm(x, payload, format, bias)
+    if T > MAX_FUSED_TOKENS:  # torch's own product, whose bfloat16 sums cuBLAS may add up in bfloat16
+        assert torch.equal(y, torch.nn.functional.linear(x, w, bias))
+    else:
+        assert_products_are_close(y, x, w, bias)
 
 
 @every_format
