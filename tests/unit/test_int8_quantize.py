@@ -196,7 +196,7 @@ def check_rows_longer_than_a_program_holds():
 
 
 def check_stochastic_rounding_is_unbiased():
-    """With fewer draws than above: the interpreter takes long, and the next check has the noise bit for bit."""
+    """With fewer draws than above: the interpreter is slow, and the next check has the noise bit for bit."""
     seed = torch.tensor(2**61 + 12_345)
     check_unbiased(
         lambda x: quantize_rows_triton(x, seed), lambda x: quantize_columns_triton(x, seed), draws=10_000
