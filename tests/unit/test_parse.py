@@ -723,7 +723,7 @@ def test_loading_a_dump_gives_the_same_run(tmp_path_factory, run):
 
 
 def test_a_second_load_builds_no_decoder_again(monkeypatch):
-    """Building one reads the source of its class: 50 ms a load in all, and a suite loads thousands of files."""
+    """Building one reads the source of its class: 50 ms a load in all, and a suite loads thousands."""
     first = load("tiny/llm_lora")
     monkeypatch.setattr(parse, "TypeAdapter", None)
     assert load("tiny/llm_lora") == first
