@@ -33,8 +33,8 @@ $(VENV)/.installed: pyproject.toml
 quickstart: venv
 	$(BIN)/qrecipes run quickstart
 
-test: venv
-	$(PYTEST) -n 2 --dist loadfile tests
+test: venv  # in the order of the folders: the longest files are not the last
+	$(PYTEST) -n 2 --dist loadfile --no-loadscope-reorder tests
 
 test-slow: venv
 	$(PYTEST) -m slow tests

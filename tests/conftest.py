@@ -11,6 +11,9 @@ os.environ.setdefault(
 os.environ.setdefault(
     "TORCHINDUCTOR_AUTOGRAD_CACHE", "0"
 )  # its key mixes up tensor subclasses inside DTensor
+os.environ.setdefault(
+    "TORCHINDUCTOR_COMPILE_THREADS", "1"
+)  # more would start helpers, each of which imports torch, beside every process that compiles
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,7 @@ def methods() -> list[str]:
     return sorted(REGISTRY)
 
 
+@cache
 def variants() -> dict[str, tuple[str, ...]]:
     """Tiny configurations with transforms that carry no registered method's name, and their families."""
     found: dict[str, tuple[str, ...]] = {}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -256,11 +257,18 @@ def _value(hint: Any, value: Any, path: KeyPath, name: str = "") -> tuple[Any, l
         return None, dates
     try:
         # JSON, because strict validation of Python objects refuses dicts for dataclasses, lists for tuples.
-        return TypeAdapter(hint).validate_json(json.dumps(value), strict=True), []
+        return _adapter(hint).validate_json(json.dumps(value), strict=True), []
     except ValidationError as error:
         return None, explain(error, value, path, _keys(hint), name)
     except ConfigError as error:
         return None, [attribute(line, path, _keys(hint), name) for line in str(error).splitlines()]
+
+
+@cache
+def _adapter(hint: Any) -> TypeAdapter[Any]:
+    """What decodes the type `hint`, once a type: building it reads the source of its class for the fields'
+    documentation."""
+    return TypeAdapter(hint)
 
 
 def _keys(hint: Any) -> dict[str, str]:

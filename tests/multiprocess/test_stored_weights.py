@@ -20,10 +20,12 @@ SHAPES = list(zip(WIDTHS[1:], WIDTHS, strict=False))
 """[N, K] of each layer."""
 
 
-def run_worker(folder: Path, launcher: list[str]) -> dict:
-    output = folder / "found.pt"
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    output = tmp_path_factory.mktemp("stored_weights") / "found.pt"
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     finished = subprocess.run(
-        [sys.executable, *launcher, str(WORKER), str(output)],
+        [*launcher, str(WORKER), str(output)],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -34,14 +36,13 @@ def run_worker(folder: Path, launcher: list[str]) -> dict:
 
 
 @pytest.fixture(scope="module")
-def one(tmp_path_factory):
-    return run_worker(tmp_path_factory.mktemp("one"), [])
+def one(found):
+    return found["one"]
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory):
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    return run_worker(tmp_path_factory.mktemp("two"), launcher)
+def two(found):
+    return found["two"]
 
 
 def assert_equal(found: dict, expected: dict) -> None:

@@ -409,14 +409,14 @@ def test_sigterm_ends_the_runs_and_keeps_what_was_found(tmp_path):
     assert not sleeping_children()
 
 
-def test_two_cases_with_two_seeds_train_and_are_compared(tmp_path, bench, capsys):
+def test_two_cases_train_and_are_compared(tmp_path, bench, capsys):
     """The whole way with real runs; after 4 steps INT8 is within 1% of float32 (0.02% was seen)."""
     plan = write_plan(
         tmp_path,
         'title = "a"',
         'title = "b"\ngoal_percent = 1.0\n'
         "overrides = ['transform=[{name = \"int8_mixed_precision\", min_size = 0, emulate = true}]']",
-        head='seeds = [0, 1]\noverrides = ["steps=4", "log.evaluate_every=2", "log.evaluate_batches=2"]',
+        head='seeds = [1]\noverrides = ["steps=4", "log.evaluate_every=2", "log.evaluate_batches=2"]',
     )
     assert bench.main([str(plan), "device=cpu", "--jobs", "2"]) == 0
     document = json.loads((tmp_path / "plan.json").read_text())
@@ -425,8 +425,8 @@ def test_two_cases_with_two_seeds_train_and_are_compared(tmp_path, bench, capsys
         assert run["curve"][-1]["val_loss"] < run["curve"][0]["val_loss"]
         assert ("int8_mixed_precision: 14 of 14" in run["receipt"]) == (run["case"] == "b")
     by_seed = document["summary"][1]["differences_percent"]
-    assert sorted(by_seed) == ["0", "1"]
-    assert all(0 < abs(value) < 1.0 for value in by_seed.values())
+    assert list(by_seed) == ["1"]
+    assert 0 < abs(by_seed["1"]) < 1.0
     assert document["summary"][1]["reached"]
     assert "reached" in capsys.readouterr().out
 

@@ -78,8 +78,10 @@ def installed() -> dict[str, dict]:
     return {name: args for name, args in SMALL.items() if name in list_builders()}
 
 
-def test_every_model_builder_is_found_and_built_on_meta():
+def test_every_model_builder_is_found_and_built_on_meta(monkeypatch):
     """Those of published models take nothing but, for adapters, the names of the layers."""
+    for layer in (nn.Linear, nn.Embedding):  # on meta there is nothing to draw, in most of the time
+        monkeypatch.setattr(layer, "reset_parameters", lambda self: None)
     published = {
         name: builder
         for name, builder in list_builders().items()

@@ -29,7 +29,6 @@ from qrecipes.quant.primitives import quantize_int8
 REPOSITORY = Path(__file__).parents[2]
 LAYOUTS = ("rows", "columns", "slice", "one row")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-DRAWS = 100_000
 
 
 def matrix(M: int, K: int, layout: str, dtype: torch.dtype, seed: int) -> torch.Tensor:
@@ -131,12 +130,12 @@ UNITS = torch.tensor([127.0, 3.25, -7.9, 0.01, -0.5, 12.0, -1.0, 0.0])
 """On the grid of scale 1, some between its steps."""
 
 
-def check_unbiased(rows, columns) -> None:
-    """DRAWS values each, in kernels that see some rows of many columns and the reverse."""
-    wide = UNITS.repeat(DRAWS // 1000)[None].expand(1000, -1).contiguous()
+def check_unbiased(rows, columns, draws: int) -> None:
+    """`draws` values each, in kernels that see some rows of many columns and the reverse."""
+    wide = UNITS.repeat(draws // 100)[None].expand(100, -1).contiguous()
     for q in (rows(wide)[0], columns(wide.t().contiguous())[0]):
         assert q.shape == wide.shape
-        assert_unbiased(q.reshape(DRAWS, 8), UNITS.double())
+        assert_unbiased(q.reshape(draws, 8), UNITS.double())
         mixed = q[:, 1:2]
         assert mixed.float().std() > 0.3  # draws differ along rows, and below along columns
         assert q[0, 1::8].float().std() > 0.3
@@ -146,6 +145,7 @@ def test_stochastic_rounding_is_unbiased_and_keeps_integers():
     check_unbiased(
         lambda x: quantize_rows(x, stochastic_rounding=True),
         lambda x: quantize_columns(x, stochastic_rounding=True),
+        draws=100_000,
     )
 
 
@@ -222,8 +222,11 @@ def check_rows_longer_than_a_program_holds():
 
 
 def check_stochastic_rounding_is_unbiased():
+    """With fewer draws than above: the interpreter is slow, and the next check has the noise bit for bit."""
     seed = torch.tensor(2**61 + 12_345)
-    check_unbiased(lambda x: quantize_rows_triton(x, seed), lambda x: quantize_columns_triton(x, seed))
+    check_unbiased(
+        lambda x: quantize_rows_triton(x, seed), lambda x: quantize_columns_triton(x, seed), draws=10_000
+    )
 
 
 def philox_words(seed: int, column: np.ndarray, row: np.ndarray, stream: int) -> list[np.ndarray]:

@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qrecipes import locate
+from qrecipes.config import parse
 from qrecipes.config import run as sections
 from qrecipes.config.lines import dotted, from_dotted, key_lines, split_key
 from qrecipes.config.parse import check, dump, load, resolve_path
@@ -719,6 +720,13 @@ def test_loading_a_dump_gives_the_same_run(tmp_path_factory, run):
     loaded = load(str(path))
     assert loaded == run
     assert repr(loaded) == repr(run)  # 1, 1.0 and True are equal, and must not become one another
+
+
+def test_a_second_load_builds_no_decoder_again(monkeypatch):
+    """Building one reads the source of its class: 50 ms a load in all, and a suite loads thousands."""
+    first = load("tiny/llm_lora")
+    monkeypatch.setattr(parse, "TypeAdapter", None)
+    assert load("tiny/llm_lora") == first
 
 
 def test_dump_leaves_out_none_and_opens_each_transform_with_its_name(here):

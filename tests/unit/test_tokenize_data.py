@@ -257,10 +257,10 @@ def test_dying_again_and_again_still_ends_with_the_same_bytes(tmp_path, monkeypa
 
 
 def test_sigkill_leaves_no_process_and_the_same_command_goes_on(tmp_path):
-    text = "".join(f"the {i}th line of a corpus, " + "and on " * (i % 9) + "\n---\n" for i in range(150_000))
+    text = "".join(f"the {i}th line of a corpus, " + "and on " * (i % 9) + "\n---\n" for i in range(60_000))
     (tmp_path / "a.txt").write_text(text)
     arguments = [str(tmp_path / "a.txt"), "--document-separator=---", "--tokenizer-kind", "bytes"]
-    arguments += ["--shard-tokens", "200000"]
+    arguments += ["--shard-tokens", "80000"]
     command = [sys.executable, str(TOOL), *arguments, "--output", str(tmp_path / "killed"), "--workers", "2"]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     wait_for(lambda: (tmp_path / "killed/train/00003.bin").exists() or process.poll() is not None)
@@ -271,10 +271,10 @@ def test_sigkill_leaves_no_process_and_the_same_command_goes_on(tmp_path):
     assert len(helpers) >= 3, helpers  # a fork server, and two workers
     wait_for(lambda: not any(Path(f"/proc/{helper}").exists() for helper in helpers))
     separated = configured(tmp_path / "killed", tmp_path / "a.txt", document_separator="---")
-    separated = replace(separated, shard_tokens=200_000)
+    separated = replace(separated, shard_tokens=80_000)
     report = tokenize(separated, workers=0)
     assert tokens_in(tmp_path / "killed") == framed(text.split("\n---\n"))
-    assert report.documents == {"train": 150_000}
+    assert report.documents == {"train": 60_000}
     tokenize(replace(separated, output=str(tmp_path / "unbroken")), workers=0)
     assert contents(tmp_path / "killed") == contents(tmp_path / "unbroken")
 
