@@ -78,30 +78,28 @@ compiled_cases = pytest.mark.parametrize(
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="needs the triton package")
 
 
-def compiled(kernel, case: Case, capability: int, pointers: dict, constants: dict, num_stages: int):
+def compiled(kernel, case: Case, capability: int, pointers: dict, constants: dict, **options: int):
     """A kernel as its launch specializes it for aligned tensors."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from qrecipes.quant import low_rank_kernels as kernels
-
-    constants = kernels._constants(case.rounding, case.a, kernels.tiles_of(case.rounding)) | constants
     pointers = dict(zip(("phi", "a", "b", "scale", "zero"), case[:5], strict=True)) | pointers
     types = {f"{name}_ptr": None if t is None else POINTERS[t.dtype] for name, t in pointers.items()}
     constants |= {name: None for name, kind in types.items() if kind is None}
-    types |= dict.fromkeys(("N", "K", "R", "phi_stride", "blocks_of_split"), "i32") | {"scaling": "fp32"}
+    types |= dict.fromkeys(("N", "K", "R", "phi_stride", "blocks_of_split", "splits"), "i32") | {"scaling": "fp32"}
     names = [parameter.name for parameter in kernel.params]
     signature = {name: "constexpr" if name in constants else types[name] for name in names}
-    aligned = [n for n in names if n not in constants and n not in ("scaling", "blocks_of_split")]
+    aligned = [n for n in names if n not in constants and n not in ("scaling", "blocks_of_split", "splits")]
     source = ASTSource(
         kernel,
         signature,
         {(names.index(name),): value for name, value in constants.items() if name in names},
         {(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
     )
-    options = {"num_warps": kernels.NUM_WARPS, "num_stages": num_stages, "enable_fp_fusion": False}
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    return triton.compile(
+        source, target=GPUTarget("cuda", capability, 32), options=options | {"enable_fp_fusion": False}
+    )
 
 
 def multiplies_as_it_should(ptx: str, case: Case, capability: int) -> bool:
@@ -118,9 +116,10 @@ def test_weights_compile_without_contracted_sums(case, dtype, capability):
     from qrecipes.quant import low_rank_kernels as kernels
 
     out = torch.empty(0, dtype=dtype)
-    kernel = compiled(
-        kernels._weight_kernel, case, capability, {"out": out}, {"TRANSPOSED": False, "ROUNDED": False}, 3
-    )
+    blocks = kernels.blocks_of(kernels.WEIGHT_BLOCKS, case.rounding.storage)
+    constants = kernels.weight_constants(case.rounding, case.a)
+    options = {"num_warps": blocks.num_warps, "num_stages": blocks.num_stages}
+    kernel = compiled(kernels._weight_kernel, case, capability, {"out": out}, constants, **options)
     ptx = kernel.asm["ptx"]
     assert multiplies_as_it_should(ptx, case, capability)
     assert kernel.metadata.shared <= RTX4090
@@ -134,14 +133,15 @@ def test_gradients_fit_the_shared_memory_of_a_block(case, dtype, capability):
     from qrecipes.quant import low_rank_kernels as kernels
 
     grad, part = torch.empty(0, dtype=dtype), torch.empty(0)
-    ranked, shifted = None if case.a is None else part, None if case.zero is None else part
-    pointers = {"grad": grad, "parts_a": ranked, "parts_b": ranked, "parts_scale": part, "parts_sum": shifted}
-    constants = kernels.grads_constants(case.rounding, case.a, kernels.tiles_of(case.rounding))
+    pointers = {"grad": grad, "parts": part}
+    constants = kernels.grads_constants(case.rounding, case.a)
     if constants["ROUNDED"]:
         case = case._replace(phi=torch.empty(0, dtype=torch.bfloat16))
     bound = H100 if capability == 90 else RTX4090
     stages = kernels.num_stages(grad, kernels.Operands(*case[:5]), constants, bound)
-    kernel = compiled(kernels._grads_kernel, case, capability, pointers, constants, stages)
+    warps = kernels.blocks_of(kernels.GRADS_BLOCKS, case.rounding.storage).num_warps
+    options = {"num_warps": warps, "num_stages": stages}
+    kernel = compiled(kernels._grads_kernel, case, capability, pointers, constants, **options)
     assert kernel.metadata.shared <= bound
     assert multiplies_as_it_should(kernel.asm["ptx"], case, capability)
     assert not {"atom.", "red."} & {word[:4] for word in kernel.asm["ptx"].split()}
