@@ -41,10 +41,10 @@ class Blocks(NamedTuple):
     """Tiles that are loaded at once, at most."""
 
 
-WEIGHT_BLOCKS = {"": Blocks(64, 128, 8), "int4": Blocks(64, 128, 8)}
-GRADS_BLOCKS = {"": Blocks(64, 128, 8), "int4": Blocks(64, 128, 8)}
-"""By the storage of phi; the first for all others. Every choice has the same results but for the order of
-sums of gradients: see tools/bench_low_rank.py --tiles."""
+WEIGHT_BLOCKS = {"": Blocks(64, 128, 8), "int4": Blocks(64, 128, 8), "float32": Blocks(64, 128, 8)}
+GRADS_BLOCKS = {"": Blocks(64, 128, 8), "int4": Blocks(64, 128, 8), "float32": Blocks(64, 128, 8)}
+"""By the storage of phi, or where A is in float32 by that; the first for all others. Whatever is chosen here,
+bits differ by the order of sums of gradients alone: see tools/bench_low_rank.py --tiles."""
 LEAST_BLOCK, RANK_BYTES = 16, 128
 """Tensor cores take blocks of 16 at least. A rank of more bytes than the second is cut into blocks."""
 SCRATCH_BYTES = 2**14
@@ -79,9 +79,10 @@ class _Tiles(NamedTuple):
     per_row: int
 
 
-def blocks_of(table: Mapping[str, Blocks], storage: str) -> Blocks:
-    """The entry of a storage in WEIGHT_BLOCKS or GRADS_BLOCKS."""
-    return table.get(storage, table[""])
+def blocks_of(table: Mapping[str, Blocks], rounding: LowRankRounding, a_NR: Tensor | None) -> Blocks:
+    """The entry of WEIGHT_BLOCKS or GRADS_BLOCKS for a weight."""
+    is_wide = a_NR is not None and a_NR.dtype == torch.float32
+    return table.get("float32" if is_wide else rounding.storage, table[""])
 
 
 def tiles_of(rounding: LowRankRounding, most_block_k: int) -> _Tiles:
@@ -110,7 +111,7 @@ def launch_weight(
 ) -> None:
     """Fill the contiguous `out` with weights, or with integers where there are no scales; or, where
     `is_rounded`, with rnd(Z), one beyond the levels where it is clipped."""
-    blocks, N = blocks_of(WEIGHT_BLOCKS, rounding.storage), weight.phi.shape[0]
+    blocks, N = blocks_of(WEIGHT_BLOCKS, rounding, weight.a), weight.phi.shape[0]
     constants = weight_constants(rounding, weight.a, transposed=transposed, is_rounded=is_rounded)
     _weight_launchers(
         constants, num_warps=blocks.num_warps, num_stages=blocks.num_stages, enable_fp_fusion=False
@@ -132,7 +133,7 @@ def launch_grads(
     """Fill the contiguous float32 `out` from a contiguous dL/dW_hat; `shared_bytes` are what a block can have."""
     N, K = grad_NK.shape
     R = _rank(weight.a)
-    blocks = blocks_of(GRADS_BLOCKS, rounding.storage)
+    blocks = blocks_of(GRADS_BLOCKS, rounding, weight.a)
     constants = grads_constants(rounding, weight.a)
     rounded = _rounded(weight, rounding) if constants["ROUNDED"] else weight
     tiles = constants["TILES_OF_ROW"]
@@ -198,14 +199,15 @@ def weight_constants(
     rounding: LowRankRounding, a_NR: Tensor | None, *, transposed: bool = False, is_rounded: bool = False
 ) -> dict[str, Any]:
     """What the weights' kernel is compiled for."""
-    blocks = blocks_of(WEIGHT_BLOCKS, rounding.storage)
+    blocks = blocks_of(WEIGHT_BLOCKS, rounding, a_NR)
     constants = _constants(rounding, a_NR, blocks)
-    return constants | {"TRANSPOSED": transposed, "ROUNDED": is_rounded, "REPEATS": blocks.repeats}
+    loop = {"REPEATS": blocks.repeats, "NUM_STAGES": blocks.num_stages}
+    return constants | {"TRANSPOSED": transposed, "ROUNDED": is_rounded} | loop
 
 
 def grads_constants(rounding: LowRankRounding, a_NR: Tensor | None) -> dict[str, Any]:
     """What the gradients' kernel is compiled for."""
-    constants = _constants(rounding, a_NR, blocks_of(GRADS_BLOCKS, rounding.storage))
+    constants = _constants(rounding, a_NR, blocks_of(GRADS_BLOCKS, rounding, a_NR))
     is_rounded = rounds_first(constants["RANK_BLOCKS"])
     return constants | {"ROUNDED": is_rounded, "STORAGE": "bf16" if is_rounded else rounding.storage}
 
@@ -257,14 +259,17 @@ def _levels(  # type: ignore[no-untyped-def]
     phi_stride,
     STORAGE: tl.constexpr,
     BITS: tl.constexpr,
+    GROUP: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """What phi stands for in a tile, float32; anything outside."""
     phi_rows = phi_ptr + rows.to(tl.int64)[:, None] * phi_stride
     if STORAGE == "int4":
-        at = tl.arange(0, BLOCK_K // 2)
-        inside = (rows < N)[:, None] & (first + at * 2 < end)[None, :]
-        pairs = tl.load(phi_rows + (first // 2 + at)[None, :], mask=inside, other=0)
+        at = first // 2 + tl.arange(0, BLOCK_K // 2)
+        # groups are even; the last pair of an odd row is one number. Numbers whose factors Triton knows make
+        # for wide loads
+        inside = (rows < N)[:, None] & (at < (phi_stride if GROUP == 0 else end // 2))[None, :]
+        pairs = tl.load(phi_rows + at[None, :], mask=inside, other=0)
         codes = tl.interleave(pairs & 15, pairs >> 4)  # of 8 bits still: threads exchange them
         return (codes.to(tl.int32) + MAGIC_BITS).to(tl.float32, bitcast=True) - (MAGIC + 8)
     else:  # noqa: RET505 - Triton compiles one branch only if the other is in an else
@@ -358,13 +363,14 @@ def _rounded_tile(  # type: ignore[no-untyped-def]
     scaling,
     STORAGE: tl.constexpr,
     BITS: tl.constexpr,
+    GROUP: tl.constexpr,
     RANK_BLOCKS: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """rnd(Z) of a tile, not clipped; `a` and `b` are used where the rank has one block."""
-    z = _levels(phi_ptr, rows, first, end, N, phi_stride, STORAGE, BITS, BLOCK_K)
+    z = _levels(phi_ptr, rows, first, end, N, phi_stride, STORAGE, BITS, GROUP, BLOCK_K)
     if RANK_BLOCKS > 0:
         product = tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.float32)
         if RANK_BLOCKS == 1:
@@ -409,6 +415,7 @@ def _weight_kernel(  # type: ignore[no-untyped-def]
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     REPEATS: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
 ):
     """Tiles, one below the other, of W_hat, or of Q where there is no scale, or of rnd(Z) if it is what is
     asked for."""
@@ -416,7 +423,7 @@ def _weight_kernel(  # type: ignore[no-untyped-def]
     first, end, group = _columns(tile, K, GROUP, TILES_OF_GROUP, BLOCK_K)
     cols = first + tl.arange(0, BLOCK_K)
     b = _load_b(b_ptr, cols, end, 0, K, R, BLOCK_R) if RANK_BLOCKS == 1 else None
-    for repeat in range(REPEATS):
+    for repeat in tl.range(0, REPEATS, num_stages=NUM_STAGES):
         block = tl.program_id(0) // TILES_OF_ROW * REPEATS + repeat
         rows = block * BLOCK_N + tl.arange(0, BLOCK_N)
         a = _load_a(a_ptr, rows, 0, N, R, BLOCK_R) if RANK_BLOCKS == 1 else None
@@ -436,6 +443,7 @@ def _weight_kernel(  # type: ignore[no-untyped-def]
             scaling,
             STORAGE,
             BITS,
+            GROUP,
             RANK_BLOCKS,
             BLOCK_R,
             BLOCK_N,
@@ -549,6 +557,7 @@ def _grads_kernel(  # type: ignore[no-untyped-def]
             scaling,
             STORAGE,
             BITS,
+            GROUP,
             0 if ROUNDED else RANK_BLOCKS,
             BLOCK_R,
             BLOCK_N,

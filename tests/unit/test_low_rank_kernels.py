@@ -116,7 +116,7 @@ def test_weights_compile_without_contracted_sums(case, dtype, capability):
     from qrecipes.quant import low_rank_kernels as kernels
 
     out = torch.empty(0, dtype=dtype)
-    blocks = kernels.blocks_of(kernels.WEIGHT_BLOCKS, case.rounding.storage)
+    blocks = kernels.blocks_of(kernels.WEIGHT_BLOCKS, case.rounding, case.a)
     constants = kernels.weight_constants(case.rounding, case.a)
     options = {"num_warps": blocks.num_warps, "num_stages": blocks.num_stages}
     kernel = compiled(kernels._weight_kernel, case, capability, {"out": out}, constants, **options)
@@ -139,7 +139,7 @@ def test_gradients_fit_the_shared_memory_of_a_block(case, dtype, capability):
         case = case._replace(phi=torch.empty(0, dtype=torch.bfloat16))
     bound = H100 if capability == 90 else RTX4090
     stages = kernels.num_stages(grad, kernels.Operands(*case[:5]), constants, bound)
-    warps = kernels.blocks_of(kernels.GRADS_BLOCKS, case.rounding.storage).num_warps
+    warps = kernels.blocks_of(kernels.GRADS_BLOCKS, case.rounding, case.a).num_warps
     options = {"num_warps": warps, "num_stages": stages}
     kernel = compiled(kernels._grads_kernel, case, capability, pointers, constants, **options)
     assert kernel.metadata.shared <= bound
