@@ -4,8 +4,8 @@ only where Triton is installed.
 N output features (rows), K input features, G groups of a row, R rank. All kernels cut a weight into the
 same tiles, of BLOCK_N rows and of columns of one group, and form Z there by the same instructions, so that
 they round the same bits, whatever the tiles. What is summed over several tiles is written in parts, which a
-last kernel adds up one after the other: there are no atomics, and results repeat bit for bit. Products and sums are rounded by
-themselves (`enable_fp_fusion=False`); tensor cores add up A B in float32.
+last kernel adds up one after the other: there are no atomics, and results repeat bit for bit. Products and
+sums are rounded by themselves (`enable_fp_fusion=False`); tensor cores add up A B in float32.
 """
 
 # mypy: disable-error-code="assignment,has-type,union-attr,var-annotated"
@@ -13,7 +13,6 @@ themselves (`enable_fp_fusion=False`); tensor cores add up A B in float32.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -41,8 +40,18 @@ class Blocks(NamedTuple):
     """Tiles that are loaded at once, at most."""
 
 
-WEIGHT_BLOCKS = {"": Blocks(64, 128, 8), "int4": Blocks(64, 128, 8), "float32": Blocks(64, 128, 8)}
-GRADS_BLOCKS = {"": Blocks(64, 128, 8), "int4": Blocks(64, 128, 8), "float32": Blocks(64, 128, 8)}
+WEIGHT_BLOCKS = {
+    "": Blocks(64, 128, 8),
+    "fixed_point8": Blocks(64, 128, 8, repeats=4),
+    "int4": Blocks(64, 128, 8, repeats=4),
+    "float32": Blocks(64, 128, 8),
+}
+GRADS_BLOCKS = {
+    "": Blocks(64, 128, 8),
+    "fixed_point8": Blocks(64, 128, 4, num_stages=1),
+    "int4": Blocks(64, 128, 4, num_stages=1),
+    "float32": Blocks(64, 128, 8),
+}
 """By the storage of phi, or where A is in float32 by that; the first for all others. Whatever is chosen here,
 bits differ by the order of sums of gradients alone: see tools/bench_low_rank.py --tiles."""
 LEAST_BLOCK, RANK_BYTES = 16, 128
@@ -130,7 +139,8 @@ def launch_weight(
 def launch_grads(
     grad_NK: Tensor, weight: Operands, out: LowRankGrads, rounding: LowRankRounding, shared_bytes: int
 ) -> None:
-    """Fill the contiguous float32 `out` from a contiguous dL/dW_hat; `shared_bytes` are what a block can have."""
+    """Fill `out`, contiguous and float32, from a contiguous dL/dW_hat; `shared_bytes` are what a block can
+    have."""
     N, K = grad_NK.shape
     R = _rank(weight.a)
     blocks = blocks_of(GRADS_BLOCKS, rounding, weight.a)
@@ -143,7 +153,7 @@ def launch_grads(
     splits = triton.cdiv(blocks_of_rows, per_split)
     sums = 1 if weight.zero is None else 2
     parts = grad_NK.new_empty((tiles * N + splits * K) * R + sums * tiles * N, dtype=torch.float32)
-    stages = num_stages(grad_NK, rounded, constants, shared_bytes)
+    stages = min(blocks.num_stages, num_stages(grad_NK, rounded, constants, shared_bytes))
     _grads_launchers(constants, num_warps=blocks.num_warps, num_stages=stages, enable_fp_fusion=False)(
         (tiles, splits, max(constants["RANK_BLOCKS"], 1)),
         grad_NK,
@@ -300,7 +310,7 @@ def _load_b(b_ptr, cols, end, rank_block, K, R, BLOCK_R: tl.constexpr):  # type:
 
 @triton.jit
 def _round(z):  # type: ignore[no-untyped-def]
-    """Half to even below 2**22. What lies beyond that is not exact, but stays beyond all levels; NaN stays."""
+    """Half to even below 2**22. What lies beyond is not exact, but stays beyond all levels; NaN stays."""
     return (z + ROUND) - ROUND
 
 
@@ -490,7 +500,7 @@ def _add_grad_dot(total, grad, x):  # type: ignore[no-untyped-def]
             return _add_dot(_add_dot(_add_dot(total, grad0, x1), grad1, x0), grad0, x0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks_of_split"])
 def _grads_kernel(  # type: ignore[no-untyped-def]
     grad_ptr,
     phi_ptr,
@@ -519,8 +529,8 @@ def _grads_kernel(  # type: ignore[no-untyped-def]
     """Down a split of the rows in one tile of columns, for one block of the rank: dL/dW_hat is read once.
 
     dB is summed in registers; dA is written for every tile. Where ROUNDED, phi is rnd(Z). Parts, float32, one
-    behind the other: dA [tiles of a row, N, R], dB [splits, R, K], ds [tiles of a row, N], and where there are
-    zero points sums of dL/dW_hat, shaped alike.
+    behind the other: dA [tiles of a row, N, R], dB [splits, R, K], ds [tiles of a row, N], and where there
+    are zero points sums of dL/dW_hat, shaped alike.
     """
     tile = tl.program_id(0)
     split = tl.program_id(1)
@@ -596,7 +606,7 @@ def _sum_of_parts(parts_ptr, at, inside, stride, number, BLOCK: tl.constexpr):  
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def _sums_kernel(  # type: ignore[no-untyped-def]
     parts_ptr,
     scale_ptr,

@@ -87,7 +87,9 @@ def compiled(kernel, case: Case, capability: int, pointers: dict, constants: dic
     pointers = dict(zip(("phi", "a", "b", "scale", "zero"), case[:5], strict=True)) | pointers
     types = {f"{name}_ptr": None if t is None else POINTERS[t.dtype] for name, t in pointers.items()}
     constants |= {name: None for name, kind in types.items() if kind is None}
-    types |= dict.fromkeys(("N", "K", "R", "phi_stride", "blocks_of_split", "splits"), "i32") | {"scaling": "fp32"}
+    types |= dict.fromkeys(("N", "K", "R", "phi_stride", "blocks_of_split", "splits"), "i32") | {
+        "scaling": "fp32"
+    }
     names = [parameter.name for parameter in kernel.params]
     signature = {name: "constexpr" if name in constants else types[name] for name in names}
     aligned = [n for n in names if n not in constants and n not in ("scaling", "blocks_of_split", "splits")]
