@@ -1,8 +1,8 @@
 """Tiles of the low-rank kernels: `bench_low_rank.py --tiles`, by which the constants of
 `qrecipes.quant.low_rank_kernels` are chosen.
 
-Whole numbers and powers of two, of which every sum is exact: each choice must have the reference's bits. Device
-time of single calls with a cold L2 cache. What is best is best for the layers of a block of Llama 2 7B.
+Whole numbers and powers of two, of which every sum is exact: each choice must have the reference's bits.
+Device time of single calls with a cold L2 cache. What is best is best for the layers of a block of Llama 2 7B.
 """
 
 from __future__ import annotations
@@ -26,11 +26,9 @@ from qrecipes.quant.low_rank_rounding import low_rank_weight_grads_triton, low_r
 from qrecipes.quant.low_rank_storage import LowRankRounding, encode
 
 WEIGHT_CHOICES = (
-    *(Blocks(n, k, w) for n, k, w in ((64, 128, 8), (64, 128, 4), (64, 64, 4), (128, 128, 8), (64, 256, 8))),
-    *(
-        Blocks(n, k, w, 4)
-        for n, k, w in ((64, 128, 8), (64, 128, 4), (64, 64, 4), (128, 64, 8), (64, 256, 8))
-    ),
+    *(Blocks(n, k, w, 1) for n, k, w in ((64, 128, 8), (64, 128, 4), (64, 64, 4), (128, 128, 8))),
+    *(Blocks(n, k, w, 2) for n, k, w in ((64, 128, 8), (64, 64, 4))),
+    *(Blocks(n, k, w, 4) for n, k, w in ((64, 128, 8), (64, 128, 4), (64, 64, 4), (64, 256, 8))),
     *(Blocks(n, k, w, 8) for n, k, w in ((64, 128, 8), (64, 128, 4), (64, 64, 4))),
     *(Blocks(n, k, w, 8, 3) for n, k, w in ((64, 128, 8), (64, 128, 4), (64, 64, 4))),
 )
@@ -159,6 +157,8 @@ def sweep(
                 _enter(times[kernel], _name(blocks), storage, row)
                 if all(isinstance(us, float) for us in row.values()):
                     found[blocks] = _of_a_block(row)
+            if not found:
+                continue
             first = min(found, key=found.__getitem__)
             default = kernels.blocks_of(getattr(kernels, table), cases[shapes[0]].parts[-1], None)
             best[kernel][storage] = {"blocks": _name(first), "us": found[first], "default": _name(default)}

@@ -50,7 +50,7 @@ GRADS_BLOCKS = {
     "": Blocks(64, 128, 8),
     "fixed_point8": Blocks(64, 128, 4, num_stages=1),
     "int4": Blocks(64, 128, 4, num_stages=1),
-    "float32": Blocks(64, 128, 8),
+    "float32": Blocks(64, 64, 4, num_stages=1),
 }
 """By the storage of phi, or where A is in float32 by that; the first for all others. Whatever is chosen here,
 bits differ by the order of sums of gradients alone: see tools/bench_low_rank.py --tiles."""
