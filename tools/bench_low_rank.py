@@ -71,14 +71,16 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
-    shapes = [tuple(map(int, text.split("x"))) for text in args.shapes or []] or SHAPES
+    shapes: list[tuple[int, int]] = [tuple(map(int, text.split("x"))) for text in args.shapes or []]  # type: ignore[misc]
+    shapes = shapes or list(SHAPES)
     device = pick_device("auto")
     meter = Meter(device, args.repeats)
     if args.tiles:
-        return report_tiles(list(shapes), args, meter)
+        return report_tiles(shapes, args, meter)
     results = []
+    storages: Any = args.storages or MOST_BITS
     for N, K in shapes:
-        for storage in args.storages or MOST_BITS:
+        for storage in storages:
             rounding = LowRankRounding(
                 bits=args.bits,
                 in_features=K,
@@ -98,7 +100,7 @@ def report_tiles(shapes: list[tuple[int, int]], args: argparse.Namespace, meter:
     """Time other tiles and print what is best; A and B are bfloat16, and there is a scale a row."""
     from low_rank_tiles import sweep, sweep_table  # needs Triton
 
-    storages = args.storages or TILED_STORAGES
+    storages: Any = args.storages or TILED_STORAGES
     found = sweep(shapes, list(storages), args.rank, args.bits, args.repeats, meter.device)
     floors: dict[str, dict[str, float]] = {"weight": {}, "grads": {}}
     for N, K in shapes:

@@ -2,7 +2,7 @@
 `qrecipes.quant.low_rank_kernels` are chosen.
 
 Whole numbers and powers of two, of which every sum is exact: each choice must have the reference's bits.
-Device time of single calls with a cold L2 cache. What is best is best for the layers of a block of Llama 2 7B.
+Device time of single calls with a cold L2 cache. The best are best for the layers of a block of Llama 2 7B.
 """
 
 from __future__ import annotations
@@ -50,12 +50,12 @@ class Exact(NamedTuple):
     """A weight, dL/dW_hat, and what the reference makes of them."""
 
     grad: Tensor
-    parts: tuple[Any, ...]
+    parts: Any
     """What the kernels' functions take: phi, A, B, scales, no zero points, the rounding."""
     wanted: dict[str, list[Tensor]]
 
 
-def exact_case(N: int, K: int, storage: str, rank: int, bits: int, device: torch.device) -> Exact:
+def exact_case(N: int, K: int, storage: Any, rank: int, bits: int, device: torch.device) -> Exact:
     """Z has fractions, halves among them; sums of gradients are whole numbers times a power of two."""
     torch.manual_seed(0)
     weight = LowRankRounding(bits=bits, in_features=K, storage=storage, scaling=1 / 32)

@@ -27,7 +27,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias, overload
 
 import torch
 from torch import Tensor
@@ -214,17 +214,21 @@ def low_rank_weight_grads_triton(
     """`low_rank_weight_grads` by its kernels, as `low_rank_weight_triton`."""
     if grad_NK.numel() == 0:
         return low_rank_weight_grads_reference(grad_NK, phi, a_NR, b_RK, scale_NG, zero_NG, rounding)
-    found = LowRankGrads(
-        *(
-            None if t is None else torch.empty(t.shape, dtype=torch.float32, device=phi.device)
-            for t in (a_NR, b_RK, scale_NG, zero_NG)
-        )
-    )
+    found = LowRankGrads(_grad_like(a_NR), _grad_like(b_RK), _grad_like(scale_NG), _grad_like(zero_NG))
     with on_device_of(phi):
         weight = kernels.operands(phi, a_NR, b_RK, scale_NG, zero_NG)
         shared_bytes = device_limits(phi.device).shared_bytes
         kernels.launch_grads(grad_NK.contiguous(), weight, found, rounding, shared_bytes)
     return found
+
+
+@overload
+def _grad_like(t: Tensor) -> Tensor: ...
+@overload
+def _grad_like(t: Tensor | None) -> Tensor | None: ...
+def _grad_like(t: Tensor | None) -> Tensor | None:
+    """An empty contiguous float32 tensor of a shape."""
+    return None if t is None else torch.empty(t.shape, dtype=torch.float32, device=t.device)
 
 
 def _has_kernel(*tensors: Tensor | None, dtype: torch.dtype = torch.float32) -> bool:

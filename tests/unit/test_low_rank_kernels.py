@@ -158,7 +158,7 @@ def test_sums_of_parts_compile_to_wide_loads(capability):
     """Eight parts at once, 16 bytes a thread; and products and sums are rounded by themselves."""
     from qrecipes.quant import low_rank_kernels as kernels
 
-    case = make_case(LowRankRounding(bits=4, in_features=256, group_size=128), 64, 16, symmetric=False)
+    case = make_case(LowRankRounding(bits=4, in_features=2048, group_size=128), 64, 16, symmetric=False)
     constants = kernels.grads_constants(case.rounding, case.a) | {"BLOCK": kernels.SUMS_BLOCK}
     grads = {f"grad_{name}": torch.empty(0) for name in ("a", "b", "scale", "zero")}
     ptx = compiled(
