@@ -75,7 +75,8 @@ def exact_case(N: int, K: int, storage: Any, rank: int, bits: int, device: torch
 def call_of(kernel: str, case: Exact) -> Callable[[], list[Tensor]]:
     """The kernel by itself."""
     if kernel == "weight":
-        return lambda: [low_rank_weight_triton(*case.parts, dtype=torch.bfloat16)]
+        phi, a, b, scale, zero, weight = case.parts
+        return lambda: [low_rank_weight_triton(phi, a, b, scale, zero, weight, torch.bfloat16)]
     return lambda: [t for t in low_rank_weight_grads_triton(case.grad, *case.parts) if t is not None]
 
 

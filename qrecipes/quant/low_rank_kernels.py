@@ -13,6 +13,7 @@ sums are rounded by themselves (`enable_fp_fusion=False`); tensor cores add up A
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -125,7 +126,7 @@ def launch_weight(
     _weight_launchers(
         constants, num_warps=blocks.num_warps, num_stages=blocks.num_stages, enable_fp_fusion=False
     )(
-        triton.cdiv(N, blocks.n * blocks.repeats) * constants["TILES_OF_ROW"],
+        triton.cdiv(N, blocks.n * constants["REPEATS"]) * constants["TILES_OF_ROW"],
         *weight,
         out,
         N,
@@ -208,37 +209,61 @@ def num_stages(grad_NK: Tensor, weight: Operands, constants: Mapping[str, Any], 
 def weight_constants(
     rounding: LowRankRounding, a_NR: Tensor | None, *, transposed: bool = False, is_rounded: bool = False
 ) -> dict[str, Any]:
-    """What the weights' kernel is compiled for."""
+    """What the weights' kernel is compiled for; not to be changed."""
     blocks = blocks_of(WEIGHT_BLOCKS, rounding, a_NR)
-    constants = _constants(rounding, a_NR, blocks)
-    loop = {"REPEATS": blocks.repeats, "NUM_STAGES": blocks.num_stages}
-    return constants | {"TRANSPOSED": transposed, "ROUNDED": is_rounded} | loop
+    return _weight_constants(rounding, _kind(a_NR), blocks, transposed, is_rounded)
 
 
 def grads_constants(rounding: LowRankRounding, a_NR: Tensor | None) -> dict[str, Any]:
-    """What the gradients' kernel is compiled for."""
-    constants = _constants(rounding, a_NR, blocks_of(GRADS_BLOCKS, rounding, a_NR))
-    is_rounded = rounds_first(constants["RANK_BLOCKS"])
-    return constants | {"ROUNDED": is_rounded, "STORAGE": "bf16" if is_rounded else rounding.storage}
+    """What the gradients' kernel is compiled for; not to be changed."""
+    return _grads_constants(rounding, _kind(a_NR), blocks_of(GRADS_BLOCKS, rounding, a_NR))
+
+
+class _Kind(NamedTuple):
+    """What kernels depend on of A and B."""
+
+    rank: int
+    itemsize: int
+
+
+def _kind(a_NR: Tensor | None) -> _Kind:
+    return _Kind(0, 2) if a_NR is None else _Kind(a_NR.shape[1], a_NR.element_size())
 
 
 def _rank(a_NR: Tensor | None) -> int:
     return 0 if a_NR is None else a_NR.shape[1]
 
 
-def _constants(rounding: LowRankRounding, a_NR: Tensor | None, blocks: Blocks) -> dict[str, Any]:
+@cache  # the host of a training step is nearly as busy as the device
+def _weight_constants(
+    rounding: LowRankRounding, kind: _Kind, blocks: Blocks, transposed: bool, is_rounded: bool
+) -> dict[str, Any]:
+    constants = _constants(rounding, kind, blocks)
+    # a rank of several blocks has a loop of its own; Triton 3.6 has been wrong about such a one inside another
+    repeats = blocks.repeats if constants["RANK_BLOCKS"] <= 1 else 1
+    loop = {"REPEATS": repeats, "NUM_STAGES": blocks.num_stages}
+    return constants | {"TRANSPOSED": transposed, "ROUNDED": is_rounded} | loop
+
+
+@cache
+def _grads_constants(rounding: LowRankRounding, kind: _Kind, blocks: Blocks) -> dict[str, Any]:
+    constants = _constants(rounding, kind, blocks)
+    is_rounded = rounds_first(constants["RANK_BLOCKS"])
+    return constants | {"ROUNDED": is_rounded, "STORAGE": "bf16" if is_rounded else rounding.storage}
+
+
+def _constants(rounding: LowRankRounding, kind: _Kind, blocks: Blocks) -> dict[str, Any]:
     """What both kernels are compiled for."""
     tiles = tiles_of(rounding, blocks.most_k)
-    R = _rank(a_NR)
-    most_block_r = RANK_BYTES // (2 if a_NR is None else a_NR.element_size())
-    block_r = min(most_block_r, max(LEAST_BLOCK, triton.next_power_of_2(max(R, 1))))
+    most_block_r = RANK_BYTES // kind.itemsize
+    block_r = min(most_block_r, max(LEAST_BLOCK, triton.next_power_of_2(max(kind.rank, 1))))
     return {
         "STORAGE": rounding.storage,
         "BITS": rounding.bits,
         "GROUP": rounding.group_size or 0,
         "TILES_OF_GROUP": tiles.per_group,
         "TILES_OF_ROW": tiles.per_row,
-        "RANK_BLOCKS": triton.cdiv(R, block_r),
+        "RANK_BLOCKS": triton.cdiv(kind.rank, block_r),
         "BLOCK_R": block_r,
         "BLOCK_N": blocks.n,
         "BLOCK_K": tiles.block_k,

@@ -168,6 +168,17 @@ def test_sums_of_parts_compile_to_wide_loads(capability):
     assert "fma.rn" not in ptx
 
 
+@needs_triton
+@pytest.mark.parametrize(("rank", "repeats"), [(0, True), (64, True), (65, False)])
+def test_no_loop_over_blocks_of_the_rank_is_inside_another(rank, repeats):
+    from qrecipes.quant import low_rank_kernels as kernels
+
+    case = make_case(LowRankRounding(bits=4, in_features=256), 64, rank, dtype=torch.bfloat16)
+    constants = kernels.weight_constants(case.rounding, case.a)
+    assert (constants["REPEATS"] > 1) == repeats
+    assert (constants["RANK_BLOCKS"] <= 1) == repeats
+
+
 # What follows the next line runs in the process that `interpreted` starts, not here.
 def rounded(w: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """float32 in `dtype` as the interpreter rounds it."""
