@@ -239,7 +239,7 @@ def _weight_constants(
     rounding: LowRankRounding, kind: _Kind, blocks: Blocks, transposed: bool, is_rounded: bool
 ) -> dict[str, Any]:
     constants = _constants(rounding, kind, blocks)
-    # a rank of several blocks has a loop of its own; Triton 3.6 has been wrong about such a one inside another
+    # a rank of several blocks has its own loop; Triton 3.6 has been wrong about such a one inside another
     repeats = blocks.repeats if constants["RANK_BLOCKS"] <= 1 else 1
     loop = {"REPEATS": repeats, "NUM_STAGES": blocks.num_stages}
     return constants | {"TRANSPOSED": transposed, "ROUNDED": is_rounded} | loop
