@@ -17,10 +17,8 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
-from unittest import mock
 
 import torch
 from bench_dequantize import Timer
@@ -43,8 +41,7 @@ SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008))
 COPIED_BYTES = {"cuda": 2**28, "cpu": 2**22}
 """What a copy's bandwidth is measured with."""
 KERNELS = ("weight", "integers", "transposed", "grads")
-TILES = ((64, 128, 8), (64, 128, 4), (128, 128, 8), (64, 64, 4), (64, 64, 8), (128, 64, 8), (32, 128, 4))
-"""Rows, columns and warps of the kernels' tiles that are worth a try."""
+TILED_STORAGES = ("fixed_point8", "int4")
 PRODUCTS = ("forward", "grad input", "grad trained")
 
 
@@ -63,23 +60,27 @@ def main() -> int:
     """Time every case and print the tables last."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", nargs="+", metavar="NxK", help="default: Llama 2 7B's")
-    parser.add_argument("--storages", nargs="+", choices=MOST_BITS, default=list(MOST_BITS))
+    parser.add_argument("--storages", nargs="+", choices=MOST_BITS, help="default: all, or those of --tiles")
     parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--group-size", type=int, help="default: a scale a row")
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--asymmetric", action="store_true")
     parser.add_argument("--float32", action="store_true", help="A and B in float32 instead of bfloat16")
-    parser.add_argument("--tiles", action="store_true", help="time other tiles of the kernels, too")
+    parser.add_argument("--tiles", action="store_true", help="time other tiles of the kernels instead")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
-    shapes = [tuple(map(int, text.split("x"))) for text in args.shapes or []] or SHAPES
+    shapes: list[tuple[int, int]] = [tuple(map(int, text.split("x"))) for text in args.shapes or []]  # type: ignore[misc]
+    shapes = shapes or list(SHAPES)
     device = pick_device("auto")
     meter = Meter(device, args.repeats)
+    if args.tiles:
+        return report_tiles(shapes, args, meter)
     results = []
+    storages: Any = args.storages or MOST_BITS
     for N, K in shapes:
-        for storage in args.storages:
+        for storage in storages:
             rounding = LowRankRounding(
                 bits=args.bits,
                 in_features=K,
@@ -90,18 +91,41 @@ def main() -> int:
             dtype = torch.float32 if args.float32 else torch.bfloat16
             weight = random_weight(N, rounding, args.rank, dtype, not args.asymmetric, device)
             results.append(measure(weight, args.tokens, meter))
-            if args.tiles:
-                results[-1]["tiles_us"] = time_tiles(weight, meter)
-    found = {
-        "command": " ".join(["tools/bench_low_rank.py", *sys.argv[1:]]),
-        "copy_tb_per_s": meter.copied_per_us / 1e6,
-        "results": results,
-        "environment": {k: v for k, v in environment(Process(0, 1, device, None)).items() if k != "command"},
-    }
-    if args.output:
-        args.output.write_text(json.dumps(found, indent=1) + "\n")
-    print(f"copy {found['copy_tb_per_s']:.2f} TB/s", table(results), sep="\n")
+    save(args.output, meter, {"results": results})
+    print(f"copy {meter.copied_per_us / 1e6:.2f} TB/s", table(results), sep="\n")
     return 0
+
+
+def report_tiles(shapes: list[tuple[int, int]], args: argparse.Namespace, meter: Meter) -> int:
+    """Time other tiles and print what is best; A and B are bfloat16, and there is a scale a row."""
+    from low_rank_tiles import sweep, sweep_table  # needs Triton
+
+    storages: Any = args.storages or TILED_STORAGES
+    found = sweep(shapes, list(storages), args.rank, args.bits, args.repeats, meter.device)
+    floors: dict[str, dict[str, float]] = {"weight": {}, "grads": {}}
+    for N, K in shapes:
+        for storage in storages:
+            rounding = LowRankRounding(bits=args.bits, in_features=K, storage=storage)
+            phi = encode(torch.zeros(1, K), rounding)
+            # phi, W_hat or its gradient, A and B; gradients of these in float32
+            read = N * phi.numel() * phi.element_size() + 2 * N * K + 2 * (N + K) * args.rank
+            floors["weight"][f"{N}x{K} {storage}"] = meter.floor_us(read)
+            floors["grads"][f"{N}x{K} {storage}"] = meter.floor_us(read + 4 * (N + K) * args.rank)
+    save(args.output, meter, {"tiles": found, "copy_us": floors})
+    print(f"copy {meter.copied_per_us / 1e6:.2f} TB/s", sweep_table(found, floors), sep="\n")
+    return 0
+
+
+def save(path: Path | None, meter: Meter, found: dict[str, Any]) -> None:
+    """Results and where they were found, as JSON."""
+    if path is not None:
+        about = environment(Process(0, 1, meter.device, None))
+        head = {
+            "command": " ".join(["tools/bench_low_rank.py", *sys.argv[1:]]),
+            "copy_tb_per_s": meter.copied_per_us / 1e6,
+        }
+        about = {k: v for k, v in about.items() if k != "command"}
+        path.write_text(json.dumps(head | found | {"environment": about}, indent=1) + "\n")
 
 
 class Meter(Timer):
@@ -179,32 +203,6 @@ def measure(weight: Weight, T: int, meter: Meter) -> dict[str, Any]:
     }
 
 
-def time_tiles(weight: Weight, meter: Meter) -> dict[str, dict[str, float]]:
-    """Microseconds of the kernels with other tiles, those that fit the device; it must have Triton."""
-    from triton.runtime.errors import OutOfResources
-
-    from qrecipes.quant import low_rank_kernels
-
-    grad = torch.randn(weight.phi.shape[0], weight.rounding.in_features, device=meter.device).bfloat16()
-    found: dict[str, dict[str, float]] = {}
-    for block_n, block_k, num_warps in TILES:
-        for stages in (1, 2):
-            # a great need of memory beside the stages leaves room for one
-            constants: dict[str, Any] = {
-                "BLOCK_N": block_n,
-                "MOST_BLOCK_K": block_k,
-                "NUM_WARPS": num_warps,
-                "SCRATCH_BYTES": low_rank_kernels.SCRATCH_BYTES if stages == 2 else 2**40,
-            }
-            name = f"{block_n} x {block_k}, {num_warps} warps, {stages} stages"
-            with mock.patch.multiple(low_rank_kernels, **constants), suppress(OutOfResources):
-                times = {"grads": meter.microseconds(lambda: low_rank_weight_grads(grad, *weight))}
-                if stages == 1:
-                    times["weight"] = meter.microseconds(lambda: low_rank_weight(*weight, torch.bfloat16))
-                found[name] = times
-    return found
-
-
 def eager_weight(weight: Weight) -> Tensor:
     """W_hat in bf16 by torch's operations, each of which reads and writes memory."""
     z = decode(weight.phi, weight.rounding)
@@ -246,10 +244,6 @@ def table(results: list[dict[str, Any]]) -> str:
             peak = "-" if peaks[name] is None else f"{peaks[name]:.0f}"
             line += f"{us[name]:14.1f}{us[f'bf16 {name}']:10.1f}{peak:>10}"
         lines.append(line)
-    for r in results:
-        for name, times in r.get("tiles_us", {}).items():
-            shown = "".join(f"{kernel:>10}{us:10.1f}" for kernel, us in times.items())
-            lines.append(f"{r['N']}x{r['K']}".ljust(14) + f"{r['storage']:14}{name:34}" + shown)
     return "\n".join(lines)
 
 

@@ -3,9 +3,9 @@ only where Triton is installed.
 
 N output features (rows), K input features, G groups of a row, R rank. All kernels cut a weight into the
 same tiles, of BLOCK_N rows and of columns of one group, and form Z there by the same instructions, so that
-they round the same bits. What is summed over several tiles is written in parts, which torch adds up in
-their order: there are no atomics, and results repeat bit for bit. Products and sums are rounded by
-themselves (`enable_fp_fusion=False`); tensor cores add up A B in float32.
+they round the same bits, whatever the tiles. What is summed over several tiles is written in parts, which a
+last kernel adds up one after the other: there are no atomics, and results repeat bit for bit. Products and
+sums are rounded by themselves (`enable_fp_fusion=False`); tensor cores add up A B in float32.
 """
 
 # mypy: disable-error-code="assignment,has-type,union-attr,var-annotated"
@@ -13,7 +13,7 @@ themselves (`enable_fp_fusion=False`); tensor cores add up A B in float32.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -22,14 +22,45 @@ import triton.language as tl
 from torch import Tensor
 from triton import knobs
 
+from qrecipes.quant.low_rank_reference import LowRankGrads
 from qrecipes.quant.low_rank_storage import LowRankRounding
 from qrecipes.quant.triton_launch import Launchers
 
-BLOCK_N, MOST_BLOCK_K, NUM_WARPS = 64, 128, 8
+
+class Blocks(NamedTuple):
+    """How a kernel cuts up a weight."""
+
+    n: int
+    """Rows of a tile."""
+    most_k: int
+    """Columns of a tile, where a group has as many."""
+    num_warps: int
+    repeats: int = 1
+    """Tiles that a program of the weights' kernel works on, one below the other."""
+    num_stages: int = 2
+    """Tiles that are loaded at once, at most."""
+
+
+WEIGHT_BLOCKS = {
+    "": Blocks(64, 128, 8),
+    "fixed_point8": Blocks(64, 128, 8, repeats=4),
+    "int4": Blocks(64, 128, 8, repeats=4),
+    "float32": Blocks(64, 128, 8),
+}
+GRADS_BLOCKS = {
+    "": Blocks(64, 128, 8),
+    "fixed_point8": Blocks(64, 128, 4, num_stages=1),
+    "int4": Blocks(64, 128, 4, num_stages=1),
+    "float32": Blocks(64, 64, 4, num_stages=1),
+}
+"""By the storage of phi, or where A is in float32 by that; the first for all others. Whatever is chosen here,
+bits differ by the order of sums of gradients alone: see tools/bench_low_rank.py --tiles."""
 LEAST_BLOCK, RANK_BYTES = 16, 128
 """Tensor cores take blocks of 16 at least. A rank of more bytes than the second is cut into blocks."""
 SCRATCH_BYTES = 2**14
 """Shared memory of the gradients' kernel that does not grow with the number of stages, about."""
+SUMS_BLOCK = 512
+"""Sums of a program that adds up parts."""
 GRADIENT_PROGRAMS = 512
 """Programs that the gradients are divided among, about; the same on every device, since it orders sums."""
 # 2**23 as a float32 has every integer below 2**23 in its last bits: an addition of integers and a subtraction
@@ -50,19 +81,6 @@ class Operands(NamedTuple):
     zero: Tensor | None
 
 
-class Parts(NamedTuple):
-    """Gradients in parts, float32; B is one of a tile of columns, the others of a tile of rows or a row."""
-
-    a: Tensor | None
-    """[tiles of a row, N, R], without the factors of A B."""
-    b: Tensor | None
-    """[splits of the rows, K, R]."""
-    scale: Tensor
-    """[N, tiles of a row]."""
-    sum: Tensor | None
-    """Sums of dL/dW_hat, [N, tiles of a row]; only where there are zero points."""
-
-
 class _Tiles(NamedTuple):
     """How a weight is cut up."""
 
@@ -71,10 +89,16 @@ class _Tiles(NamedTuple):
     per_row: int
 
 
-def tiles_of(rounding: LowRankRounding) -> _Tiles:
+def blocks_of(table: Mapping[str, Blocks], rounding: LowRankRounding, a_NR: Tensor | None) -> Blocks:
+    """The entry of WEIGHT_BLOCKS or GRADS_BLOCKS for a weight."""
+    is_wide = a_NR is not None and a_NR.dtype == torch.float32
+    return table.get("float32" if is_wide else rounding.storage, table[""])
+
+
+def tiles_of(rounding: LowRankRounding, most_block_k: int) -> _Tiles:
     """Tiles of a weight's rows; none holds columns of two groups."""
     width = rounding.in_features if rounding.group_size is None else rounding.group_size
-    block_k = min(MOST_BLOCK_K, max(LEAST_BLOCK, triton.next_power_of_2(width)))
+    block_k = min(most_block_k, max(LEAST_BLOCK, triton.next_power_of_2(width)))
     per_group = triton.cdiv(width, block_k)
     return _Tiles(block_k, per_group, per_group * rounding.num_groups)
 
@@ -97,11 +121,12 @@ def launch_weight(
 ) -> None:
     """Fill the contiguous `out` with weights, or with integers where there are no scales; or, where
     `is_rounded`, with rnd(Z), one beyond the levels where it is clipped."""
-    tiles, N = tiles_of(rounding), weight.phi.shape[0]
-    constants = {"TRANSPOSED": transposed, "ROUNDED": is_rounded}
-    constants |= _constants(rounding, weight.a, tiles)
-    _weight_launchers(constants, num_warps=NUM_WARPS, enable_fp_fusion=False)(
-        triton.cdiv(N, BLOCK_N) * tiles.per_row,
+    blocks, N = blocks_of(WEIGHT_BLOCKS, rounding, weight.a), weight.phi.shape[0]
+    constants = weight_constants(rounding, weight.a, transposed=transposed, is_rounded=is_rounded)
+    _weight_launchers(
+        constants, num_warps=blocks.num_warps, num_stages=blocks.num_stages, enable_fp_fusion=False
+    )(
+        triton.cdiv(N, blocks.n * constants["REPEATS"]) * constants["TILES_OF_ROW"],
         *weight,
         out,
         N,
@@ -112,40 +137,49 @@ def launch_weight(
     )
 
 
-def launch_grads(grad_NK: Tensor, weight: Operands, rounding: LowRankRounding, shared_bytes: int) -> Parts:
-    """The parts of all gradients, from a contiguous dL/dW_hat; `shared_bytes` are what a block can have."""
-    tiles, (N, K) = tiles_of(rounding), grad_NK.shape
+def launch_grads(
+    grad_NK: Tensor, weight: Operands, out: LowRankGrads, rounding: LowRankRounding, shared_bytes: int
+) -> None:
+    """Fill `out`, contiguous and float32, from a contiguous dL/dW_hat; `shared_bytes` are what a block can
+    have."""
+    N, K = grad_NK.shape
     R = _rank(weight.a)
-    constants = grads_constants(rounding, weight.a, tiles)
-    if constants["ROUNDED"]:
-        weight = _rounded(weight, rounding)
-    blocks = triton.cdiv(N, BLOCK_N)
-    splits = min(blocks, triton.cdiv(GRADIENT_PROGRAMS, tiles.per_row))
-    per_split = triton.cdiv(blocks, splits)
-    splits = triton.cdiv(blocks, per_split)
-    empty = partial(torch.empty, dtype=torch.float32, device=grad_NK.device)
-    parts = Parts(
-        empty(tiles.per_row, N, R) if R else None,
-        empty(splits, K, R) if R else None,
-        empty(N, tiles.per_row),
-        None if weight.zero is None else empty(N, tiles.per_row),
-    )
-    rank_blocks = max(constants["RANK_BLOCKS"], 1)
-    stages = num_stages(grad_NK, weight, constants, shared_bytes)
-    launcher = _grads_launchers(constants, num_warps=NUM_WARPS, num_stages=stages, enable_fp_fusion=False)
-    launcher(
-        (tiles.per_row, splits, rank_blocks),
+    blocks = blocks_of(GRADS_BLOCKS, rounding, weight.a)
+    constants = grads_constants(rounding, weight.a)
+    rounded = _rounded(weight, rounding) if constants["ROUNDED"] else weight
+    tiles = constants["TILES_OF_ROW"]
+    blocks_of_rows = triton.cdiv(N, blocks.n)
+    splits = min(blocks_of_rows, triton.cdiv(GRADIENT_PROGRAMS, tiles))
+    per_split = triton.cdiv(blocks_of_rows, splits)
+    splits = triton.cdiv(blocks_of_rows, per_split)
+    sums = 1 if weight.zero is None else 2
+    parts = grad_NK.new_empty((tiles * N + splits * K) * R + sums * tiles * N, dtype=torch.float32)
+    stages = min(blocks.num_stages, num_stages(grad_NK, rounded, constants, shared_bytes))
+    _grads_launchers(constants, num_warps=blocks.num_warps, num_stages=stages, enable_fp_fusion=False)(
+        (tiles, splits, max(constants["RANK_BLOCKS"], 1)),
         grad_NK,
-        *weight,
-        *parts,
+        *rounded,
+        parts,
         N,
         K,
         R,
-        weight.phi.shape[1],
+        rounded.phi.shape[1],
         rounding.scaling,
         per_split,
     )
-    return parts
+    of_sums = {name: constants[name] for name in ("BITS", "TILES_OF_GROUP", "TILES_OF_ROW")}
+    elements = (N * R, R * K, out.scale.numel())
+    _sums_launchers(of_sums | {"BLOCK": SUMS_BLOCK}, num_warps=4, enable_fp_fusion=False)(
+        sum(triton.cdiv(number, SUMS_BLOCK) for number in elements),
+        parts,
+        weight.scale,
+        weight.zero,
+        *out,
+        N,
+        K,
+        R,
+        splits,
+    )
 
 
 def rounds_first(rank_blocks: int) -> bool:
@@ -165,37 +199,73 @@ def _rounded(weight: Operands, rounding: LowRankRounding) -> Operands:
 
 def num_stages(grad_NK: Tensor, weight: Operands, constants: Mapping[str, Any], shared_bytes: int) -> int:
     """2 where the gradients' kernel has the shared memory to load the next block while it works on one."""
-    loaded = constants["BLOCK_K"] * (grad_NK.element_size() + weight.phi.element_size()) * BLOCK_N
+    block_n, block_k = constants["BLOCK_N"], constants["BLOCK_K"]
+    loaded = block_k * (grad_NK.element_size() + weight.phi.element_size()) * block_n
     if weight.a is not None:
-        loaded += (BLOCK_N + constants["BLOCK_K"]) * constants["BLOCK_R"] * weight.a.element_size()
+        loaded += (block_n + block_k) * constants["BLOCK_R"] * weight.a.element_size()
     return 2 if 2 * loaded + SCRATCH_BYTES <= shared_bytes else 1
 
 
-def grads_constants(rounding: LowRankRounding, a_NR: Tensor | None, tiles: _Tiles) -> dict[str, Any]:
-    """What the gradients' kernel is compiled for."""
-    constants = _constants(rounding, a_NR, tiles)
-    is_rounded = rounds_first(constants["RANK_BLOCKS"])
-    return constants | {"ROUNDED": is_rounded, "STORAGE": "bf16" if is_rounded else rounding.storage}
+def weight_constants(
+    rounding: LowRankRounding, a_NR: Tensor | None, *, transposed: bool = False, is_rounded: bool = False
+) -> dict[str, Any]:
+    """What the weights' kernel is compiled for; not to be changed."""
+    blocks = blocks_of(WEIGHT_BLOCKS, rounding, a_NR)
+    return _weight_constants(rounding, _kind(a_NR), blocks, transposed, is_rounded)
+
+
+def grads_constants(rounding: LowRankRounding, a_NR: Tensor | None) -> dict[str, Any]:
+    """What the gradients' kernel is compiled for; not to be changed."""
+    return _grads_constants(rounding, _kind(a_NR), blocks_of(GRADS_BLOCKS, rounding, a_NR))
+
+
+class _Kind(NamedTuple):
+    """What kernels depend on of A and B."""
+
+    rank: int
+    itemsize: int
+
+
+def _kind(a_NR: Tensor | None) -> _Kind:
+    return _Kind(0, 2) if a_NR is None else _Kind(a_NR.shape[1], a_NR.element_size())
 
 
 def _rank(a_NR: Tensor | None) -> int:
     return 0 if a_NR is None else a_NR.shape[1]
 
 
-def _constants(rounding: LowRankRounding, a_NR: Tensor | None, tiles: _Tiles) -> dict[str, Any]:
-    """What the kernels are compiled for."""
-    R = _rank(a_NR)
-    most_block_r = RANK_BYTES // (2 if a_NR is None else a_NR.element_size())
-    block_r = min(most_block_r, max(LEAST_BLOCK, triton.next_power_of_2(max(R, 1))))
+@cache  # the host of a training step is nearly as busy as the device
+def _weight_constants(
+    rounding: LowRankRounding, kind: _Kind, blocks: Blocks, transposed: bool, is_rounded: bool
+) -> dict[str, Any]:
+    constants = _constants(rounding, kind, blocks)
+    # a rank of several blocks has its own loop; Triton 3.6 has been wrong about such a one inside another
+    repeats = blocks.repeats if constants["RANK_BLOCKS"] <= 1 else 1
+    loop = {"REPEATS": repeats, "NUM_STAGES": blocks.num_stages}
+    return constants | {"TRANSPOSED": transposed, "ROUNDED": is_rounded} | loop
+
+
+@cache
+def _grads_constants(rounding: LowRankRounding, kind: _Kind, blocks: Blocks) -> dict[str, Any]:
+    constants = _constants(rounding, kind, blocks)
+    is_rounded = rounds_first(constants["RANK_BLOCKS"])
+    return constants | {"ROUNDED": is_rounded, "STORAGE": "bf16" if is_rounded else rounding.storage}
+
+
+def _constants(rounding: LowRankRounding, kind: _Kind, blocks: Blocks) -> dict[str, Any]:
+    """What both kernels are compiled for."""
+    tiles = tiles_of(rounding, blocks.most_k)
+    most_block_r = RANK_BYTES // kind.itemsize
+    block_r = min(most_block_r, max(LEAST_BLOCK, triton.next_power_of_2(max(kind.rank, 1))))
     return {
         "STORAGE": rounding.storage,
         "BITS": rounding.bits,
         "GROUP": rounding.group_size or 0,
         "TILES_OF_GROUP": tiles.per_group,
         "TILES_OF_ROW": tiles.per_row,
-        "RANK_BLOCKS": triton.cdiv(R, block_r),
+        "RANK_BLOCKS": triton.cdiv(kind.rank, block_r),
         "BLOCK_R": block_r,
-        "BLOCK_N": BLOCK_N,
+        "BLOCK_N": blocks.n,
         "BLOCK_K": tiles.block_k,
     }
 
@@ -224,23 +294,27 @@ def _levels(  # type: ignore[no-untyped-def]
     phi_stride,
     STORAGE: tl.constexpr,
     BITS: tl.constexpr,
+    GROUP: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """What phi stands for in a tile, float32; anything outside."""
     phi_rows = phi_ptr + rows.to(tl.int64)[:, None] * phi_stride
     if STORAGE == "int4":
-        at = tl.arange(0, BLOCK_K // 2)
-        inside = (rows < N)[:, None] & (first + at * 2 < end)[None, :]
-        pairs = tl.load(phi_rows + (first // 2 + at)[None, :], mask=inside, other=0).to(tl.int32)
-        codes = tl.interleave(pairs & 15, pairs >> 4)
-        return (codes + MAGIC_BITS).to(tl.float32, bitcast=True) - (MAGIC + 8)
+        at = first // 2 + tl.arange(0, BLOCK_K // 2)
+        # groups are even; the last pair of an odd row is one number. Numbers whose factors Triton knows make
+        # for wide loads
+        inside = (rows < N)[:, None] & (at < (phi_stride if GROUP == 0 else end // 2))[None, :]
+        pairs = tl.load(phi_rows + at[None, :], mask=inside, other=0)
+        codes = tl.interleave(pairs & 15, pairs >> 4)  # of 8 bits still: threads exchange them
+        return (codes.to(tl.int32) + MAGIC_BITS).to(tl.float32, bitcast=True) - (MAGIC + 8)
     else:  # noqa: RET505 - Triton compiles one branch only if the other is in an else
         cols = first + tl.arange(0, BLOCK_K)
         inside = (rows < N)[:, None] & (cols < end)[None, :]
         phi = tl.load(phi_rows + cols[None, :], mask=inside, other=0)
         if STORAGE == "fixed_point8":
-            numbers = (phi.to(tl.int32) + (MAGIC_BITS + 128)).to(tl.float32, bitcast=True) - (MAGIC + 128)
-            return numbers * (1.0 / 2 ** (8 - BITS))
+            # a smaller exponent divides by 2**(8 - BITS)
+            bits: tl.constexpr = MAGIC_BITS + 128 - (8 - BITS) * 2**23
+            return (phi.to(tl.int32) + bits).to(tl.float32, bitcast=True) - (MAGIC + 128) / 2 ** (8 - BITS)
         else:  # noqa: RET505 - as above
             return phi.to(tl.float32)
 
@@ -260,17 +334,16 @@ def _load_b(b_ptr, cols, end, rank_block, K, R, BLOCK_R: tl.constexpr):  # type:
 
 
 @triton.jit
-def _round(z, BITS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Half to even; what lies beyond the levels stays beyond them, and NaN stays."""
-    z = tl.maximum(z, -(2.0 ** (BITS - 1)) - 1, propagate_nan=tl.PropagateNan.ALL)
-    z = tl.minimum(z, 2.0 ** (BITS - 1), propagate_nan=tl.PropagateNan.ALL)
+def _round(z):  # type: ignore[no-untyped-def]
+    """Half to even below 2**22. What lies beyond is not exact, but stays beyond all levels; NaN stays."""
     return (z + ROUND) - ROUND
 
 
 @triton.jit
-def _clip(rounded, BITS: tl.constexpr):  # type: ignore[no-untyped-def]
-    rounded = tl.maximum(rounded, -(2.0 ** (BITS - 1)), propagate_nan=tl.PropagateNan.ALL)
-    return tl.minimum(rounded, 2.0 ** (BITS - 1) - 1, propagate_nan=tl.PropagateNan.ALL)
+def _clip(rounded, BITS: tl.constexpr, BEYOND: tl.constexpr = 0):  # type: ignore[no-untyped-def]
+    """To the levels, or to some more."""
+    rounded = tl.maximum(rounded, -(2.0 ** (BITS - 1)) - BEYOND, propagate_nan=tl.PropagateNan.ALL)
+    return tl.minimum(rounded, 2.0 ** (BITS - 1) - 1 + BEYOND, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -325,13 +398,14 @@ def _rounded_tile(  # type: ignore[no-untyped-def]
     scaling,
     STORAGE: tl.constexpr,
     BITS: tl.constexpr,
+    GROUP: tl.constexpr,
     RANK_BLOCKS: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """rnd(Z) of a tile, not clipped; `a` and `b` are used where the rank has one block."""
-    z = _levels(phi_ptr, rows, first, end, N, phi_stride, STORAGE, BITS, BLOCK_K)
+    z = _levels(phi_ptr, rows, first, end, N, phi_stride, STORAGE, BITS, GROUP, BLOCK_K)
     if RANK_BLOCKS > 0:
         product = tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.float32)
         if RANK_BLOCKS == 1:
@@ -343,7 +417,7 @@ def _rounded_tile(  # type: ignore[no-untyped-def]
                 b_block = _load_b(b_ptr, cols, end, block, K, R, BLOCK_R)
                 product = _add_product(product, a_block, b_block)
         z += product * scaling
-    return _round(z, BITS)
+    return _round(z)
 
 
 @triton.jit
@@ -375,53 +449,60 @@ def _weight_kernel(  # type: ignore[no-untyped-def]
     BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    REPEATS: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
 ):
-    """One tile of W_hat, or of Q where there is no scale, or of rnd(Z) if it is what is asked for."""
+    """Tiles, one below the other, of W_hat, or of Q where there is no scale, or of rnd(Z) if it is what is
+    asked for."""
     tile = tl.program_id(0) % TILES_OF_ROW
-    rows = tl.program_id(0) // TILES_OF_ROW * BLOCK_N + tl.arange(0, BLOCK_N)
     first, end, group = _columns(tile, K, GROUP, TILES_OF_GROUP, BLOCK_K)
     cols = first + tl.arange(0, BLOCK_K)
-    a = _load_a(a_ptr, rows, 0, N, R, BLOCK_R) if RANK_BLOCKS == 1 else None
     b = _load_b(b_ptr, cols, end, 0, K, R, BLOCK_R) if RANK_BLOCKS == 1 else None
-    rounded = _rounded_tile(
-        phi_ptr,
-        a,
-        b,
-        a_ptr,
-        b_ptr,
-        rows,
-        first,
-        end,
-        N,
-        K,
-        R,
-        phi_stride,
-        scaling,
-        STORAGE,
-        BITS,
-        RANK_BLOCKS,
-        BLOCK_R,
-        BLOCK_N,
-        BLOCK_K,
-    )
-    q = rounded if ROUNDED else _clip(rounded, BITS)
-    if ROUNDED:
-        pass
-    elif scale_ptr is None:
-        q = tl.where(q == q, q, 0.0).to(tl.int8)
-    else:
-        G: tl.constexpr = TILES_OF_ROW // TILES_OF_GROUP
-        if zero_ptr is not None:
-            q -= _clip(_round(_load_grid(zero_ptr, rows, group, N, G), BITS), BITS)[:, None]
-        q *= _load_grid(scale_ptr, rows, group, N, G)[:, None]
-    if TRANSPOSED:
-        inside = (cols < end)[:, None] & (rows < N)[None, :]
-        out_ptrs = out_ptr + cols.to(tl.int64)[:, None] * N + rows[None, :]
-        tl.store(out_ptrs, tl.trans(q.to(out_ptr.dtype.element_ty)), mask=inside)
-    else:
-        inside = (rows < N)[:, None] & (cols < end)[None, :]
-        out_ptrs = out_ptr + rows.to(tl.int64)[:, None] * K + cols[None, :]
-        tl.store(out_ptrs, q.to(out_ptr.dtype.element_ty), mask=inside)
+    for repeat in tl.range(0, REPEATS, num_stages=NUM_STAGES):
+        block = tl.program_id(0) // TILES_OF_ROW * REPEATS + repeat
+        rows = block * BLOCK_N + tl.arange(0, BLOCK_N)
+        a = _load_a(a_ptr, rows, 0, N, R, BLOCK_R) if RANK_BLOCKS == 1 else None
+        rounded = _rounded_tile(
+            phi_ptr,
+            a,
+            b,
+            a_ptr,
+            b_ptr,
+            rows,
+            first,
+            end,
+            N,
+            K,
+            R,
+            phi_stride,
+            scaling,
+            STORAGE,
+            BITS,
+            GROUP,
+            RANK_BLOCKS,
+            BLOCK_R,
+            BLOCK_N,
+            BLOCK_K,
+        )
+        if ROUNDED:
+            q = _clip(rounded, BITS, 1)
+        else:
+            q = _clip(rounded, BITS)
+            if scale_ptr is None:
+                q = tl.where(q == q, q, 0.0).to(tl.int8)
+            else:
+                G: tl.constexpr = TILES_OF_ROW // TILES_OF_GROUP
+                if zero_ptr is not None:
+                    q -= _clip(_round(_load_grid(zero_ptr, rows, group, N, G)), BITS)[:, None]
+                q *= _load_grid(scale_ptr, rows, group, N, G)[:, None]
+        if TRANSPOSED:
+            inside = (cols < end)[:, None] & (rows < N)[None, :]
+            out_ptrs = out_ptr + cols.to(tl.int64)[:, None] * N + rows[None, :]
+            tl.store(out_ptrs, tl.trans(q.to(out_ptr.dtype.element_ty)), mask=inside)
+        else:
+            inside = (rows < N)[:, None] & (cols < end)[None, :]
+            out_ptrs = out_ptr + rows.to(tl.int64)[:, None] * K + cols[None, :]
+            tl.store(out_ptrs, q.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -444,7 +525,7 @@ def _add_grad_dot(total, grad, x):  # type: ignore[no-untyped-def]
             return _add_dot(_add_dot(_add_dot(total, grad0, x1), grad1, x0), grad0, x0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks_of_split"])
 def _grads_kernel(  # type: ignore[no-untyped-def]
     grad_ptr,
     phi_ptr,
@@ -452,10 +533,7 @@ def _grads_kernel(  # type: ignore[no-untyped-def]
     b_ptr,
     scale_ptr,
     zero_ptr,
-    parts_a_ptr,
-    parts_b_ptr,
-    parts_scale_ptr,
-    parts_sum_ptr,
+    parts_ptr,
     N,
     K,
     R,
@@ -475,10 +553,15 @@ def _grads_kernel(  # type: ignore[no-untyped-def]
 ):
     """Down a split of the rows in one tile of columns, for one block of the rank: dL/dW_hat is read once.
 
-    dB is summed in registers; dA is written for every tile. Where ROUNDED, phi is rnd(Z).
+    dB is summed in registers; dA is written for every tile. Where ROUNDED, phi is rnd(Z). Parts, float32, one
+    behind the other: dA [tiles of a row, N, R], dB [splits, R, K], ds [tiles of a row, N], and where there
+    are zero points sums of dL/dW_hat, shaped alike.
     """
     tile = tl.program_id(0)
     split = tl.program_id(1)
+    parts_b_ptr = parts_ptr + tl.cast(N, tl.int64) * R * TILES_OF_ROW
+    parts_scale_ptr = parts_b_ptr + tl.cast(K, tl.int64) * R * tl.num_programs(1)
+    parts_sum_ptr = parts_scale_ptr + tl.cast(N, tl.int64) * TILES_OF_ROW
     rank_block = tl.program_id(2)
     G: tl.constexpr = TILES_OF_ROW // TILES_OF_GROUP
     first, end, group = _columns(tile, K, GROUP, TILES_OF_GROUP, BLOCK_K)
@@ -509,31 +592,97 @@ def _grads_kernel(  # type: ignore[no-untyped-def]
             scaling,
             STORAGE,
             BITS,
+            GROUP,
             0 if ROUNDED else RANK_BLOCKS,
             BLOCK_R,
             BLOCK_N,
             BLOCK_K,
         )
         scale = _load_grid(scale_ptr, rows, group, N, G)
+        level = _clip(rounded, BITS)
+        passed = level == rounded
         if rank_block == 0:
-            at = rows.to(tl.int64) * TILES_OF_ROW + tile
-            level = _clip(rounded, BITS)
+            at = tile.to(tl.int64) * N + rows
             if zero_ptr is not None:
-                level -= _clip(_round(_load_grid(zero_ptr, rows, group, N, G), BITS), BITS)[:, None]
+                level -= _clip(_round(_load_grid(zero_ptr, rows, group, N, G)), BITS)[:, None]
                 tl.store(parts_sum_ptr + at, tl.sum(grad.to(tl.float32), 1), mask=rows < N)
             tl.store(parts_scale_ptr + at, tl.sum(grad.to(tl.float32) * level, 1), mask=rows < N)
         if RANK_BLOCKS > 0:
-            passed = (rounded >= -(2.0 ** (BITS - 1))) & (rounded <= 2.0 ** (BITS - 1) - 1)
             grad = tl.where(passed, grad, tl.zeros_like(grad))
             nothing = tl.zeros((BLOCK_N, BLOCK_R), dtype=tl.float32)
             grad_a = _add_grad_dot(nothing, grad, tl.trans(b)) * (scale * scaling)[:, None]
-            a_ptrs = parts_a_ptr + (tile.to(tl.int64) * N + rows[:, None]) * R + ranks[None, :]
+            a_ptrs = parts_ptr + (tile.to(tl.int64) * N + rows[:, None]) * R + ranks[None, :]
             tl.store(a_ptrs, grad_a, mask=(rows < N)[:, None] & (ranks < R)[None, :])
             sum_b = _add_grad_dot(sum_b, tl.trans(grad), a.to(tl.float32) * (scale * scaling)[:, None])
     if RANK_BLOCKS > 0:
-        b_ptrs = parts_b_ptr + (split.to(tl.int64) * K + cols[:, None]) * R + ranks[None, :]
+        b_ptrs = parts_b_ptr + (tl.cast(split, tl.int64) * R + ranks[None, :]) * K + cols[:, None]
         tl.store(b_ptrs, sum_b, mask=(cols < end)[:, None] & (ranks < R)[None, :])
+
+
+@triton.jit
+def _sum_of_parts(parts_ptr, at, inside, stride, number, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """What stands at `at` in each part, added up in their order; several are loaded at once."""
+    AT_ONCE: tl.constexpr = 8
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    for first in range(0, number, AT_ONCE):
+        for i in tl.static_range(AT_ONCE):
+            part = parts_ptr + tl.cast(first + i, tl.int64) * stride
+            total += tl.load(part + at, mask=inside & (first + i < number), other=0.0)
+    return total
+
+
+@triton.jit(do_not_specialize=["splits"])
+def _sums_kernel(  # type: ignore[no-untyped-def]
+    parts_ptr,
+    scale_ptr,
+    zero_ptr,
+    grad_a_ptr,
+    grad_b_ptr,
+    grad_scale_ptr,
+    grad_zero_ptr,
+    N,
+    K,
+    R,
+    splits,
+    BITS: tl.constexpr,
+    TILES_OF_GROUP: tl.constexpr,
+    TILES_OF_ROW: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """BLOCK elements of dA, or of dB, or of ds and dz, from the parts that `_grads_kernel` wrote."""
+    G: tl.constexpr = TILES_OF_ROW // TILES_OF_GROUP
+    block = tl.program_id(0)
+    parts_b_ptr = parts_ptr + tl.cast(N, tl.int64) * R * TILES_OF_ROW
+    parts_scale_ptr = parts_b_ptr + tl.cast(K, tl.int64) * R * splits
+    first_b = tl.cdiv(N * R, BLOCK)
+    first_scale = first_b + tl.cdiv(R * K, BLOCK)
+    if block < first_b:
+        at = block * BLOCK + tl.arange(0, BLOCK)
+        inside = at < N * R
+        total = _sum_of_parts(parts_ptr, at, inside, N * R, TILES_OF_ROW, BLOCK)
+        if grad_a_ptr is not None:
+            tl.store(grad_a_ptr + at, total, mask=inside)
+    elif block < first_scale:
+        at = (block - first_b) * BLOCK + tl.arange(0, BLOCK)
+        inside = at < R * K
+        total = _sum_of_parts(parts_b_ptr, at, inside, R * K, splits, BLOCK)
+        if grad_b_ptr is not None:
+            tl.store(grad_b_ptr + at, total, mask=inside)
+    else:
+        at = (block - first_scale) * BLOCK + tl.arange(0, BLOCK)
+        inside = at < N * G
+        first = (at % G * TILES_OF_GROUP).to(tl.int64) * N + at // G
+        total = _sum_of_parts(parts_scale_ptr, first, inside, N, TILES_OF_GROUP, BLOCK)
+        tl.store(grad_scale_ptr + at, total, mask=inside)
+        if zero_ptr is not None:
+            parts_sum_ptr = parts_scale_ptr + tl.cast(N, tl.int64) * TILES_OF_ROW
+            total = _sum_of_parts(parts_sum_ptr, first, inside, N, TILES_OF_GROUP, BLOCK)
+            zero = _round(tl.load(zero_ptr + at, mask=inside, other=0.0).to(tl.float32))
+            scale = tl.load(scale_ptr + at, mask=inside, other=0.0).to(tl.float32)
+            total = tl.where(zero == _clip(zero, BITS), -scale * total, 0.0)
+            tl.store(grad_zero_ptr + at, total, mask=inside)
 
 
 _weight_launchers = Launchers(_weight_kernel)
 _grads_launchers = Launchers(_grads_kernel)
+_sums_launchers = Launchers(_sums_kernel)

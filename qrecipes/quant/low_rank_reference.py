@@ -21,9 +21,9 @@ from qrecipes.quant.low_rank_storage import LowRankRounding, decode, grouped, in
 
 CHUNK_ELEMENTS = 2**18
 """Weights that are worked on at once."""
-GRADIENT_BYTES = 2**26
+GRADIENT_BYTES = 3 * 2**26
 """Most bytes of dL/dW_hat and of the parts of dA that exist at once in `linear_grads`, unless GRADIENT_ROWS
-take more."""
+take more. All of the gradient of Llama 2 7B's largest layer, which takes what W_hat took before it."""
 GRADIENT_ROWS = 128
 """Rows of dL/dW_hat are worked on in multiples of these."""
 PART_COLUMNS = 128
@@ -138,6 +138,8 @@ def linear_grads(
     N, K = phi.shape[0], rounding.in_features
     rank = 0 if a_NR is None else a_NR.shape[1]
     row_bytes = K * x_TK.element_size() + 4 * rank * -(-K // PART_COLUMNS)
+    if N * row_bytes <= GRADIENT_BYTES:
+        return weight_grads(dy_TN.t() @ x_TK, phi, a_NR, b_RK, scale_NG, zero_NG, rounding)
     parts = []
     d_b = None
     for rows in _row_slices(N, row_bytes, GRADIENT_BYTES, multiple=GRADIENT_ROWS):

@@ -30,7 +30,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias, overload
 
 import torch
 from torch import Tensor
@@ -45,7 +45,7 @@ from qrecipes.quant.low_rank_reference import (
     low_rank_weight_grads_reference,
     low_rank_weight_reference,
 )
-from qrecipes.quant.low_rank_storage import LowRankRounding, check_parts, integer_zeros, rounding_of_key
+from qrecipes.quant.low_rank_storage import LowRankRounding, check_parts, rounding_of_key
 
 if HAS_TRITON:
     from qrecipes.quant import low_rank_kernels as kernels
@@ -214,24 +214,24 @@ def low_rank_weight_grads_triton(
     zero_NG: Tensor | None,
     rounding: LowRankRounding,
 ) -> LowRankGrads:
-    """`low_rank_weight_grads` by its kernel and sums of its parts, as `low_rank_weight_triton`."""
+    """`low_rank_weight_grads` by its kernels, as `low_rank_weight_triton`."""
     if grad_NK.numel() == 0:
         return low_rank_weight_grads_reference(grad_NK, phi, a_NR, b_RK, scale_NG, zero_NG, rounding)
+    found = LowRankGrads(_grad_like(a_NR), _grad_like(b_RK), _grad_like(scale_NG), _grad_like(zero_NG))
     with on_device_of(phi):
         weight = kernels.operands(phi, a_NR, b_RK, scale_NG, zero_NG)
         shared_bytes = device_limits(phi.device).shared_bytes
-        parts = kernels.launch_grads(grad_NK.contiguous(), weight, rounding, shared_bytes)
-    N, G = scale_NG.shape
-    d_zero = None
-    if zero_NG is not None and parts.sum is not None:
-        is_trained = torch.round(zero_NG) == integer_zeros(zero_NG, rounding)
-        d_zero = torch.where(is_trained, -scale_NG.float() * parts.sum.view(N, G, -1).sum(-1), 0.0)
-    return LowRankGrads(
-        None if parts.a is None else parts.a.sum(0),
-        None if parts.b is None else parts.b.sum(0).t().contiguous(),
-        parts.scale.view(N, G, -1).sum(-1),
-        d_zero,
-    )
+        kernels.launch_grads(grad_NK.contiguous(), weight, found, rounding, shared_bytes)
+    return found
+
+
+@overload
+def _grad_like(t: Tensor) -> Tensor: ...
+@overload
+def _grad_like(t: Tensor | None) -> Tensor | None: ...
+def _grad_like(t: Tensor | None) -> Tensor | None:
+    """An empty contiguous float32 tensor of a shape."""
+    return None if t is None else torch.empty(t.shape, dtype=torch.float32, device=t.device)
 
 
 def _has_kernel(*tensors: Tensor | None, dtype: torch.dtype = torch.float32) -> bool:

@@ -30,6 +30,9 @@ from qrecipes.quant.low_rank_rounding import (
 )
 from qrecipes.quant.low_rank_storage import LowRankRounding
 
+if find_spec("triton") is not None:
+    from qrecipes.quant.low_rank_kernels import Blocks
+
 H100, RTX4090 = 232_448, 101_376
 """Shared memory that a block can have."""
 STEP = 2.0**-13
@@ -77,18 +80,14 @@ compiled_cases = pytest.mark.parametrize(
 )
 
 
-def compiled_case(kernel, case: Case, capability: int, pointers: dict, constants: dict, num_stages: int):
+def compiled_case(kernel, case: Case, capability: int, pointers: dict, constants: dict, **options: int):
     """A kernel as its launch specializes it for aligned tensors."""
-    from qrecipes.quant import low_rank_kernels as kernels
-
-    constants = kernels._constants(case.rounding, case.a, kernels.tiles_of(case.rounding)) | constants
     pointers = dict(zip(("phi", "a", "b", "scale", "zero"), case[:5], strict=True)) | pointers
     types = {f"{name}_ptr": POINTERS[t.dtype] for name, t in pointers.items() if t is not None}
-    constants |= {f"{name}_ptr": None for name, t in pointers.items() if t is None}
+    constants = constants | {f"{name}_ptr": None for name, t in pointers.items() if t is None}
     types |= dict.fromkeys(("N", "K", "R", "phi_stride"), "i32")
-    types |= {"blocks_of_split": "i32 any", "scaling": "fp32"}
-    options = {"num_warps": kernels.NUM_WARPS, "num_stages": num_stages, "enable_fp_fusion": False}
-    return compiled(kernel, capability, types, constants, **options)
+    types |= {"blocks_of_split": "i32 any", "splits": "i32 any", "scaling": "fp32"}
+    return compiled(kernel, capability, types, constants, **options, enable_fp_fusion=False)
 
 
 def multiplies_as_it_should(ptx: str, case: Case, capability: int) -> bool:
@@ -105,9 +104,10 @@ def test_weights_compile_without_contracted_sums(case, dtype, capability):
     from qrecipes.quant import low_rank_kernels as kernels
 
     out = torch.empty(0, dtype=dtype)
-    kernel = compiled_case(
-        kernels._weight_kernel, case, capability, {"out": out}, {"TRANSPOSED": False, "ROUNDED": False}, 3
-    )
+    blocks = kernels.blocks_of(kernels.WEIGHT_BLOCKS, case.rounding, case.a)
+    constants = kernels.weight_constants(case.rounding, case.a)
+    options = {"num_warps": blocks.num_warps, "num_stages": blocks.num_stages}
+    kernel = compiled_case(kernels._weight_kernel, case, capability, {"out": out}, constants, **options)
     ptx = kernel.asm["ptx"]
     assert multiplies_as_it_should(ptx, case, capability)
     assert kernel.metadata.shared <= RTX4090
@@ -121,17 +121,45 @@ def test_gradients_fit_the_shared_memory_of_a_block(case, dtype, capability):
     from qrecipes.quant import low_rank_kernels as kernels
 
     grad, part = torch.empty(0, dtype=dtype), torch.empty(0)
-    ranked, shifted = None if case.a is None else part, None if case.zero is None else part
-    pointers = {"grad": grad, "parts_a": ranked, "parts_b": ranked, "parts_scale": part, "parts_sum": shifted}
-    constants = kernels.grads_constants(case.rounding, case.a, kernels.tiles_of(case.rounding))
+    pointers = {"grad": grad, "parts": part}
+    constants = kernels.grads_constants(case.rounding, case.a)
     if constants["ROUNDED"]:
         case = case._replace(phi=torch.empty(0, dtype=torch.bfloat16))
     bound = H100 if capability == 90 else RTX4090
     stages = kernels.num_stages(grad, kernels.Operands(*case[:5]), constants, bound)
-    kernel = compiled_case(kernels._grads_kernel, case, capability, pointers, constants, stages)
+    warps = kernels.blocks_of(kernels.GRADS_BLOCKS, case.rounding, case.a).num_warps
+    options = {"num_warps": warps, "num_stages": stages}
+    kernel = compiled_case(kernels._grads_kernel, case, capability, pointers, constants, **options)
     assert kernel.metadata.shared <= bound
     assert multiplies_as_it_should(kernel.asm["ptx"], case, capability)
     assert not {"atom.", "red."} & {word[:4] for word in kernel.asm["ptx"].split()}
+
+
+@needs_triton
+@pytest.mark.parametrize("capability", [80, 90])
+def test_sums_of_parts_compile_to_wide_loads(capability):
+    """Eight parts at once, 16 bytes a thread; and products and sums are rounded by themselves."""
+    from qrecipes.quant import low_rank_kernels as kernels
+
+    case = make_case(LowRankRounding(bits=4, in_features=2048, group_size=128), 64, 16, symmetric=False)
+    constants = kernels.grads_constants(case.rounding, case.a) | {"BLOCK": kernels.SUMS_BLOCK}
+    grads = {f"grad_{name}": torch.empty(0) for name in ("a", "b", "scale", "zero")}
+    ptx = compiled_case(
+        kernels._sums_kernel, case, capability, {"parts": torch.empty(0)} | grads, constants, num_warps=4
+    ).asm["ptx"]
+    assert ptx.count("ld.global.v4.b32") >= 16  # of dA and of dB
+    assert "fma.rn" not in ptx
+
+
+@needs_triton
+@pytest.mark.parametrize(("rank", "repeats"), [(0, True), (64, True), (65, False)])
+def test_no_loop_over_blocks_of_the_rank_is_inside_another(rank, repeats):
+    from qrecipes.quant import low_rank_kernels as kernels
+
+    case = make_case(LowRankRounding(bits=4, in_features=256), 64, rank, dtype=torch.bfloat16)
+    constants = kernels.weight_constants(case.rounding, case.a)
+    assert (constants["REPEATS"] > 1) == repeats
+    assert (constants["RANK_BLOCKS"] <= 1) == repeats
 
 
 # What follows the next line runs in the process that `interpreted` starts, not here.
@@ -207,6 +235,52 @@ def check_many_blocks_of_rows_and_columns():
                 assert_close_grads(grad, case)
         wanted = low_rank_weight_reference(*case, torch.float32)
         assert torch.equal(low_rank_weight_triton(*case, torch.float32), wanted)
+
+
+def check_other_blocks_have_the_same_bits():
+    """Repeats that do not divide the rows, stages, other tiles; sums are of whole numbers, of any order."""
+    K, N = 144, 330
+    for storage, rank in (("fixed_point8", 5), ("int4", 70), ("bf16", 0)):
+        case = make_case(LowRankRounding(bits=4, in_features=K, storage=storage, scaling=0.5), N, rank)
+        case = case._replace(scale=torch.full_like(case.scale, 0.25))
+        for name in ("a", "b") if rank else ():
+            case = case._replace(**{name: torch.randint(-2, 3, getattr(case, name).shape).float()})
+        grad = torch.randint(-2, 3, (N, K)).float()
+        w = low_rank_weight_reference(*case, torch.float32)
+        grads = [t for t in low_rank_weight_grads_reference(grad, *case) if t is not None]
+        for blocks in (Blocks(64, 128, 8, 4), Blocks(128, 64, 4, 3, 1), Blocks(64, 32, 4, 2, 3)):
+            table = {"": blocks}
+            with mock.patch.multiple(operators.kernels, WEIGHT_BLOCKS=table, GRADS_BLOCKS=table):
+                assert torch.equal(low_rank_weight_triton(*case, torch.float32), w)
+                found = [t for t in low_rank_weight_grads_triton(grad, *case) if t is not None]
+            for a, b in zip(found, grads, strict=True):
+                assert torch.equal(a, b), (storage, blocks)
+
+
+def check_parts_are_added_up_one_after_the_other():
+    """The order that makes results repeat, for more parts than are loaded at once, in groups, and dz."""
+    N, K, R, splits, per_group = 7, 24, 5, 19, 11
+    tiles, G = 2 * per_group, 2
+    a, b, s, z = (torch.randn(*shape) for shape in ((tiles, N, R), (splits, R, K), (tiles, N), (tiles, N)))
+    scale, zero = torch.rand(N, G), torch.randn(N, G) * 10
+    grads = [torch.empty(shape) for shape in ((N, R), (R, K), (N, G), (N, G))]
+    numbers = [-(-n // 16) for n in (N * R, R * K, N * G)]
+    parts = torch.cat([t.flatten() for t in (a, b, s, z)])
+    constants = {"BITS": 4, "TILES_OF_GROUP": per_group, "TILES_OF_ROW": tiles, "BLOCK": 16}
+    operators.kernels._sums_kernel[(sum(numbers),)](parts, scale, zero, *grads, N, K, R, splits, **constants)
+
+    def in_order(terms: torch.Tensor) -> torch.Tensor:
+        total = torch.zeros(terms.shape[1:])
+        for term in terms:
+            total = total + term
+        return total
+
+    by_group = [torch.stack([in_order(t) for t in x.view(G, per_group, N)], 1) for x in (s, z)]
+    is_trained = (zero.round() >= -8) & (zero.round() <= 7)
+    d_zero = torch.where(is_trained, -scale * by_group[1], 0.0)
+    assert not is_trained.all()
+    for found, wanted in zip(grads, (in_order(a), in_order(b), by_group[0], d_zero), strict=True):
+        assert torch.equal(found, wanted)
 
 
 def check_scale_gradients_are_exact_sums_of_the_integers_of_the_forward_pass():
