@@ -6,6 +6,7 @@ device rounds.
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from unittest import mock
 
 import pytest
