@@ -5,10 +5,10 @@ quantization-aware training, in one run.
 
 `7b` is Llama 2 7B's shape, all 32 layers, with 4 x 1024 tokens; `tiny` shows on a CPU that the tool works.
 Weights and tokens are random; adapters have rank 64 and alpha 16 on every linear layer of the blocks, LR-QAT
-rank 32. Each case is a process of its own. Cases have suffixes: `, checkpointing` recomputes every
-block, `, pointwise` only norms and activation functions (parallel.recompute_pointwise). `INT8` cases multiply
-the frozen base on INT8 tensor cores, `bf16 scales` keep 5.5 bits a weight where others keep 6. `--list`
-prints every case.
+rank 32. Each case is a process of its own. Cases have suffixes: `, checkpointing` recomputes every block,
+`, checkpointing in the graph` has the compiler do so (parallel.recompute_in_graph), `, pointwise` recomputes
+only norms and activation functions (parallel.recompute_pointwise). `INT8` cases multiply the frozen base on
+INT8 tensor cores, `bf16 scales` keep 5.5 bits a weight where others keep 6. `--list` prints every case.
 
 Our cases are built and stepped by what `qrecipes run train` calls: bfloat16 weights on the device, then the
 transform, layer by layer, then compiled blocks; loss and optimizer as the options say, gradients clipped.
@@ -54,7 +54,7 @@ SHAPES = {
     "tiny": LlamaShape(2, 128, 384, 4, 500, 2, 32),
 }
 ADAPTERS = {"7b": Adapters(64, 16.0), "tiny": Adapters(8, 16.0)}
-CHECKPOINTING, POINTWISE = ", checkpointing", ", pointwise"
+CHECKPOINTING, IN_GRAPH, POINTWISE = ", checkpointing", ", checkpointing in the graph", ", pointwise"
 INT8 = {"base_compute": "int8"}
 Peer = Callable[..., Step]
 
@@ -108,7 +108,7 @@ METHODS: dict[str, Ours | Theirs] = {
 CASES = [
     name + how
     for name, method in METHODS.items()
-    for how in ("", *([POINTWISE] if isinstance(method, Ours) else []), CHECKPOINTING)
+    for how in ("", *([POINTWISE, IN_GRAPH] if isinstance(method, Ours) else []), CHECKPOINTING)
 ]
 
 
@@ -167,8 +167,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     name, case = args.shapes[0], args.cases[0]
     shape, adapters, device = SHAPES[name], ADAPTERS[name], pick_device("auto")
     shape = replace(shape, layers=args.layers or shape.layers)
-    method = METHODS[case.removesuffix(CHECKPOINTING).removesuffix(POINTWISE)]
-    checkpointing = case.endswith(CHECKPOINTING)
+    method = METHODS[case.removesuffix(CHECKPOINTING).removesuffix(POINTWISE).removesuffix(IN_GRAPH)]
+    checkpointing = case.endswith((CHECKPOINTING, IN_GRAPH))
     torch.manual_seed(0)
     settings: dict[str, Any] = {}
     if isinstance(method, Ours):
@@ -176,6 +176,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             compile=not args.eager,
             checkpointing="full" if checkpointing else "none",
             recompute_pointwise=case.endswith(POINTWISE),
+            recompute_in_graph=case.endswith(IN_GRAPH),
         )
         options = Options(args.optimizer, args.adapter_dtype, args.loss, parallel)
         settings = asdict(options)

@@ -1,8 +1,7 @@
 """Compilation and activation checkpointing, then FSDP2, block by block.
 
-A compiled block recomputes inside its graph, where the compiler leaves out what no gradient needs, such as
-the last product; other blocks run a second time. FSDP2 gathers and frees around either. Nothing is wrapped,
-so names in state dicts stay those of the builder.
+Recomputation runs a block again, the compiled block where it is compiled, or is left to the compiler; FSDP2
+gathers and frees around either. Nothing is wrapped, so names in state dicts stay those of the builder.
 """
 
 from __future__ import annotations
@@ -34,12 +33,14 @@ def parallelize(model: nn.Module, parallel: ParallelSection, process: Process, c
     blocks = [site.block for site in block_sites(model)]
     every = {"none": 0, "full": 1, "selective": parallel.selective_every}[parallel.checkpointing]
     chosen = set(blocks[::every]) if every else set()
+    in_graph = parallel.compile and parallel.recompute_in_graph
     if parallel.compile:
         compiler = functools.partial(compile_graph, pointwise=parallel.recompute_pointwise)
         recomputing = functools.partial(compiler, forward=True)
         for block in blocks:  # one backend for all alike, or Dynamo compiles each anew
-            block.forward = torch.compile(block.forward, backend=recomputing if block in chosen else compiler)
-    else:
+            backend = recomputing if in_graph and block in chosen else compiler
+            block.forward = torch.compile(block.forward, backend=backend)
+    if not in_graph:
         for block in chosen:
             recompute(block)
     if process.mesh is not None:
@@ -49,7 +50,11 @@ def parallelize(model: nn.Module, parallel: ParallelSection, process: Process, c
 
 
 def recompute(block: nn.Module) -> None:
-    """Keep only the block's inputs for the backward pass, in which its forward runs a second time."""
+    """Keep only the block's inputs for the backward pass, in which its forward runs a second time.
+
+    Around what is compiled, not inside it: traced into the graph, torch 2.11 keeps what a custom
+    autograd.Function saves.
+    """
     block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
 
 

@@ -368,11 +368,12 @@ def test_compiled_blocks_are_compiled_and_keep_no_more_under_checkpointing(run, 
     """
     monkeypatch.setattr(apply, "lookup_backend", lambda name: without_code)
     eager = saved_bytes(Trial.of(replace(run, parallel=ParallelSection(checkpointing="full"))))
-    torch._dynamo.utils.counters.clear()
-    compiled = saved_bytes(
-        Trial.of(replace(run, parallel=ParallelSection(checkpointing="full", compile=True)))
-    )
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 1
     without = saved_bytes(Trial.of(run))
-    assert compiled <= 1.05 * eager
-    assert compiled < 0.8 * without
+    for in_graph in (False, True):
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        parallel = ParallelSection(checkpointing="full", compile=True, recompute_in_graph=in_graph)
+        compiled = saved_bytes(Trial.of(replace(run, parallel=parallel)))
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 1
+        assert compiled <= 1.05 * eager
+        assert compiled < 0.8 * without

@@ -147,6 +147,12 @@ def test_a_runs_compiled_blocks_keep_no_dequantized_weight():
     assert [tuple(t.shape) for t in kept(model)] == [(TOKENS, WIDTH)]
 
 
+@pytest.mark.parametrize("given", [{}, {"compile": True}, {"checkpointing": "full"}])
+def test_recomputing_in_the_graph_needs_a_graph_and_checkpointing(given):
+    with pytest.raises(ConfigError, match=r"recompute_in_graph: .*compile is .* and checkpointing"):
+        ParallelSection(recompute_in_graph=True, **given)
+
+
 def test_recomputing_pointwise_is_the_compilers():
     with pytest.raises(ConfigError, match="compile = true"):
         ParallelSection(recompute_pointwise=True)
