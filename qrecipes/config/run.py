@@ -384,9 +384,9 @@ class ParallelSection:
     def __post_init__(self) -> None:
         if self.recompute_in_graph and (not self.compile or self.checkpointing == "none"):
             raise ConfigError(
-                "parallel.recompute_in_graph: true, which says how compiled blocks are checkpointed, and compile "
-                f"is {str(self.compile).lower()} and checkpointing {self.checkpointing!r}; set both or leave "
-                "it out"
+                "parallel.recompute_in_graph: true, which says how compiled blocks are checkpointed, but "
+                f"compile is {str(self.compile).lower()} and checkpointing {self.checkpointing!r}; set both, "
+                "or leave it out"
             )
         if self.recompute_pointwise and not self.compile:
             raise ConfigError(
