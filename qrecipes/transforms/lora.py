@@ -21,7 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, TypeAlias, cast, get_args
+from typing import Literal, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -97,8 +97,6 @@ class LoRAConfig(AdapterConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         where = "lora"
-        if self.base not in get_args(Base):
-            raise ConfigError(f"{where}.base: {self.base!r}; use one of {', '.join(get_args(Base))}")
         if self.rank < 1:
             raise ConfigError(f"{where}.rank: {self.rank} is not positive; use 1 or more, such as 64")
         if not (math.isfinite(self.alpha) and self.alpha > 0):

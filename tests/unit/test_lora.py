@@ -276,7 +276,10 @@ def test_sites_that_cannot_be_adapted_are_named_before_any_is(message):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"base": "fp4"}, "lora.base: 'fp4'; use one of bf16, nf4, int8, int4, int3, int2"),
+        (
+            {"base": "fp4"},
+            "lora.base: 'fp4': Input should be 'bf16', 'nf4', 'int8', 'int4', 'int3' or 'int2'",
+        ),
         ({"rank": 0}, "lora.rank: 0 is not positive"),
         ({"alpha": 0.0}, "lora.alpha: 0.0 is not positive"),
         ({"alpha": math.inf}, "lora.alpha: inf"),
