@@ -198,7 +198,7 @@ def _keeping_dtype(handler: Callable[..., Any], cls: Any) -> Callable[..., Any]:
 def repair_fsdp2_integers() -> tuple[str, ...]:
     """Let FSDP2 shard frozen parameters of integers, such as packed weights.
 
-    Up to torch 2.12 it makes every sharded Parameter one that trains, and then says which do; one of integers
+    In torch 2.11 it makes every sharded Parameter one that trains, and then says which do; one of integers
     cannot be made so.
     """
     import torch

@@ -374,8 +374,8 @@ class ParallelSection:
     recompute_in_graph: bool = False
     """With `compile` and `checkpointing`, let the compiler recompute inside a block's graph, which leaves out
     what no gradient needs, such as the last product; otherwise the compiled block runs a second time.
-    Experimental: 7 to 13% faster on an H100, and equal to it on the CPU, but the losses of LoRA over a
-    bfloat16 model went apart by 1% within nine steps on the GPU, which is not explained yet."""
+    Experimental: 7 to 13% faster on an H100, and equal to it on the CPU, but QLoRA's loss went
+    apart by 1% within nine steps on the GPU, which is not explained yet."""
     reshard_after_forward: bool = True
     """FSDP2: free gathered parameters between forward and backward."""
     reduce_dtype: Literal["float32", "bfloat16"] = "float32"

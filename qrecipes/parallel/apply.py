@@ -7,7 +7,8 @@ gathers and frees around either. Nothing is wrapped, so names in state dicts sta
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 import torch._functorch.config as functorch_config
@@ -20,6 +21,9 @@ from torch.utils.checkpoint import checkpoint
 from qrecipes import compat
 from qrecipes.models.view import block_sites
 from qrecipes.parallel.recompute import RecomputeForward
+
+Backend: TypeAlias = Callable[[fx.GraphModule, list[Any]], Any]
+"""Of torch.compile."""
 
 if TYPE_CHECKING:
     from qrecipes.config.run import ParallelSection
@@ -35,8 +39,8 @@ def parallelize(model: nn.Module, parallel: ParallelSection, process: Process, c
     chosen = set(blocks[::every]) if every else set()
     in_graph = parallel.compile and parallel.recompute_in_graph
     if parallel.compile:
-        compiler = functools.partial(compile_graph, pointwise=parallel.recompute_pointwise)
-        recomputing = functools.partial(compiler, forward=True)
+        compiler = recomputing_backend(pointwise=parallel.recompute_pointwise)
+        recomputing = recomputing_backend(pointwise=parallel.recompute_pointwise, forward=True)
         for block in blocks:  # one backend for all alike, or Dynamo compiles each anew
             backend = recomputing if in_graph and block in chosen else compiler
             block.forward = torch.compile(block.forward, backend=backend)
@@ -58,21 +62,24 @@ def recompute(block: nn.Module) -> None:
     block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
 
 
-def compile_graph(
-    graph: fx.GraphModule,
-    inputs: list[Any],
-    *,
-    pointwise: bool,
-    forward: bool = False,
-    backend: str = "inductor",
-) -> Any:
-    """A backend of torch.compile. With `pointwise` results that the backward pass has to write to memory,
-    because a product reads them, are recomputed rather than kept; with `forward` all of the forward pass."""
-    with (
-        functorch_config.patch(ban_recompute_materialized_backward=not pointwise),
-        inductor_config.patch(joint_custom_post_pass=RecomputeForward() if forward else None),
-    ):
-        return lookup_backend(backend)(graph, inputs)
+def recomputing_backend(
+    *, pointwise: bool = False, forward: bool = False, backend: str | Backend = "inductor"
+) -> str | Backend:
+    """A backend of torch.compile: `backend`, which the backward pass has compute again what is asked for.
+
+    `pointwise`: results that it has to write to memory, because a product reads them. `forward`: all of the
+    forward pass.
+    """
+    if not pointwise and not forward:
+        return backend
+    sparing = {"ban_recompute_materialized_backward": False} if pointwise else {}
+    passes = {"joint_custom_post_pass": RecomputeForward()} if forward else {}
+
+    def compile_graph(graph: fx.GraphModule, inputs: list[Any]) -> Any:
+        with functorch_config.patch(sparing), inductor_config.patch(passes):
+            return lookup_backend(backend)(graph, inputs)
+
+    return compile_graph
 
 
 def shard(model: nn.Module, blocks: list[nn.Module], parallel: ParallelSection, process: Process) -> None:

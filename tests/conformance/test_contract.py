@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
@@ -366,7 +367,8 @@ def test_compiled_blocks_are_compiled_and_keep_no_more_under_checkpointing(run, 
 
     Every configuration on a decoder, and a vision transformer's blocks once.
     """
-    monkeypatch.setattr(apply, "lookup_backend", lambda name: without_code)
+    spared = partial(apply.recomputing_backend, backend=without_code)
+    monkeypatch.setattr(apply, "recomputing_backend", spared)
     eager = saved_bytes(Trial.of(replace(run, parallel=ParallelSection(checkpointing="full"))))
     without = saved_bytes(Trial.of(run))
     for in_graph in (False, True):

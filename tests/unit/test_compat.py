@@ -132,6 +132,27 @@ has_the_cache_trap = pytest.mark.skipif(
 
 
 @has_the_cache_trap
+def test_fsdp2_shards_integers_after_the_repair_and_only_where_it_could_not(monkeypatch):
+    """The fault is looked for in FSDP2's source; a torch that has it is stood in for by that source."""
+    from torch.distributed.fsdp._fully_shard import _fsdp_param
+
+    monkeypatch.setattr(_fsdp_param, "nn", nn)  # undone afterwards
+    faulty = "self.sharded_param = nn.Parameter(self.to_sharded_dtensor(sharded_param))"
+    monkeypatch.setattr(compat.inspect, "getsource", lambda _: "self.sharded_param = nn.Parameter(x, False)")
+    assert compat.repair_fsdp2_integers() == ()
+    assert _fsdp_param.nn is nn
+    monkeypatch.setattr(compat.inspect, "getsource", lambda _: faulty)
+    with pytest.raises(RuntimeError, match="can require gradients"):
+        _fsdp_param.nn.Parameter(torch.zeros(2, dtype=torch.uint8))
+    assert compat.repair_fsdp2_integers() == ("FSDPParam.sharded_param",)
+    assert compat.repair_fsdp2_integers() == ()
+    integers = _fsdp_param.nn.Parameter(torch.zeros(2, dtype=torch.uint8))
+    assert isinstance(integers, nn.Parameter)
+    assert not integers.requires_grad
+    assert _fsdp_param.nn.Parameter(torch.zeros(2)).requires_grad
+    assert not _fsdp_param.nn.Parameter(torch.zeros(2), requires_grad=False).requires_grad
+
+
 def test_autograd_cache_is_switched_off_here_and_for_children(monkeypatch):
     monkeypatch.setenv(compat.AUTOGRAD_CACHE_VARIABLE, "1")
     monkeypatch.setattr(config._config["enable_autograd_cache"], "env_value_force", _UNSET_SENTINEL)

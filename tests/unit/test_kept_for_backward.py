@@ -7,7 +7,6 @@ Inductor takes for code; one goes through `parallelize` as a run does.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import pytest
@@ -18,7 +17,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from qrecipes.config.run import ParallelSection
 from qrecipes.errors import ConfigError
-from qrecipes.parallel.apply import compile_graph, parallelize, recompute
+from qrecipes.parallel.apply import parallelize, recompute, recomputing_backend
 from qrecipes.quant.linear import QuantLinear
 from qrecipes.transforms.base import TransformConfig
 from qrecipes.transforms.chain import Chain
@@ -123,7 +122,7 @@ def test_recomputing_pointwise_keeps_no_norm_and_no_product_of_the_gate(name):
     """Kept: the block's input, the residual, gate and up; of LoRA, beside these, nothing that is as wide."""
     normally, sparing = adapted(CONFIGS[name]), adapted(CONFIGS[name])
     compiled(normally[0])
-    compiled(sparing[0], partial(compile_graph, pointwise=True, backend=PARTITIONED))
+    compiled(sparing[0], recomputing_backend(pointwise=True, backend=PARTITIONED))
     x = torch.randn(TOKENS, WIDTH, dtype=torch.bfloat16, requires_grad=True)
     gradients = []
     for model in (normally, sparing):
