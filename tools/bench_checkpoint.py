@@ -16,8 +16,6 @@ that of the folder given by --folder, or of temporary files.
 from __future__ import annotations
 
 import argparse
-import json
-import shlex
 import sys
 import tempfile
 import time
@@ -28,12 +26,12 @@ from typing import Any
 
 import torch
 from bench_finetune import ADAPTERS, METHODS, SHAPES, Options, Ours, Training, our_training
-from step_timing import in_own_process, report
+from step_timing import each_in_own_process, report
 
 from qrecipes.config.run import CheckpointSection, DataSection, ParallelSection, Run
-from qrecipes.parallel.process import Process, pick_device
+from qrecipes.parallel.process import pick_device
 from qrecipes.training import checkpoint, constants
-from qrecipes.training.metrics import environment, peak_memory
+from qrecipes.training.metrics import peak_memory
 
 MODES: tuple[Any, ...] = ("once", "rebuild")
 CASES = [name for name, method in METHODS.items() if isinstance(method, Ours)]
@@ -47,22 +45,11 @@ def main() -> int:
     if args.worker:
         report(measure(args, args.modes[0]))
         return 0
-    results = []
-    for mode in args.modes:
-        passed = ["--modes", mode, "--shape", args.shape, "--case", args.case]
-        passed += ["--layers", str(args.layers)] if args.layers else []
-        passed += ["--folder", str(args.folder)] if args.folder else []
-        results.append({"mode": mode} | in_own_process(__file__, passed, args.timeout))
-        print(table(results[-1:]).splitlines()[-1], flush=True)
-        if args.output:
-            document = {
-                "command": shlex.join(["tools/bench_checkpoint.py", *sys.argv[1:]]),
-                "environment": environment(Process(0, 1, pick_device("auto"), None)),
-                "results": results,
-            }
-            args.output.write_text(json.dumps(document, indent=1) + "\n")
-    print(table(results))
-    return int(any("failed" in result for result in results))
+    common = ["--shape", args.shape, "--case", args.case]
+    common += ["--layers", str(args.layers)] if args.layers else []
+    common += ["--folder", str(args.folder)] if args.folder else []
+    modes = [({"mode": mode}, ["--modes", mode, *common]) for mode in args.modes]
+    return each_in_own_process(__file__, modes, args.timeout, table, args.output)
 
 
 def arguments() -> argparse.Namespace:

@@ -22,8 +22,6 @@ allocator's peak while quantizing, `host` the most that the process held in memo
 from __future__ import annotations
 
 import argparse
-import json
-import shlex
 import statistics
 import sys
 import time
@@ -36,14 +34,14 @@ from typing import Any
 import torch
 from bench_finetune import SHAPES, random_model
 from finetune_peers import LlamaShape
-from step_timing import gigabytes, in_own_process, random_tokens, report
+from step_timing import each_in_own_process, gigabytes, random_tokens, report
 
 from qrecipes.models.post_training import LayerError, PostTraining, linear_layers, quantize_model
 from qrecipes.models.sequential import Forward
-from qrecipes.parallel.process import Process, pick_device
+from qrecipes.parallel.process import pick_device
 from qrecipes.quant.formats import AffineFormat
 from qrecipes.quant.gptq import GPTQSettings
-from qrecipes.training.metrics import environment, peak_memory
+from qrecipes.training.metrics import peak_memory
 from qrecipes.transforms.base import TransformConfig
 
 GPTQ, RTN, CALIBRATED = CASES = ("GPTQ", "RTN", "RTN, calibrated")
@@ -55,20 +53,8 @@ def main() -> int:
     if args.worker:
         report(measure(args, args.cases[0]))
         return 0
-    results = []
-    for case in args.cases:
-        found = in_own_process(__file__, ["--cases", case, *passed_on(args)], args.timeout)
-        results.append({"case": case} | found)
-        print(table(results[-1:]).splitlines()[-1], flush=True)
-        if args.output:
-            document = {
-                "command": shlex.join(["tools/bench_gptq.py", *sys.argv[1:]]),
-                "environment": environment(Process(0, 1, pick_device("auto"), None)),
-                "results": results,
-            }
-            args.output.write_text(json.dumps(document, indent=1) + "\n")
-    print(table(results))
-    return int(any("failed" in result for result in results))
+    cases = [({"case": case}, ["--cases", case, *passed_on(args)]) for case in args.cases]
+    return each_in_own_process(__file__, cases, args.timeout, table, args.output)
 
 
 def arguments() -> argparse.Namespace:

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import gc
 import json
+import shlex
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from qrecipes.data import Batch
+from qrecipes.parallel.process import Process, pick_device
+from qrecipes.training.metrics import environment
 
 WARMUP = 4
 """Steps that compile, and that no median counts."""
@@ -37,6 +41,30 @@ def in_own_process(script: str, arguments: Sequence[str], timeout: float) -> dic
     if done.returncode or not found:
         return {"failed": done.stderr[-1500:] or "no result"}
     return json.loads(found[0].removeprefix("RESULT "))
+
+
+def each_in_own_process(
+    script: str,
+    cases: Sequence[tuple[dict[str, Any], Sequence[str]]],
+    timeout: float,
+    table: Callable[[list[dict[str, Any]]], str],
+    output: Path | None,
+) -> int:
+    """Measure cases, given as what names each and its arguments; the table's lines as they come, and whole at
+    the end. `output` is written after each. The exit status is 1 where one failed."""
+    results: list[dict[str, Any]] = []
+    for names, arguments in cases:
+        results.append(names | in_own_process(script, arguments, timeout))
+        print(table(results[-1:]).splitlines()[-1], flush=True)
+        if output:
+            document = {
+                "command": shlex.join([f"tools/{Path(script).name}", *sys.argv[1:]]),
+                "environment": environment(Process(0, 1, pick_device("auto"), None)),
+                "results": results,
+            }
+            output.write_text(json.dumps(document, indent=1) + "\n")
+    print(table(results))
+    return int(any("failed" in result for result in results))
 
 
 def report(found: dict[str, Any]) -> None:

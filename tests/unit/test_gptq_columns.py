@@ -6,10 +6,9 @@ factors of -1, 0 and 1 with a diagonal of 1/2 or 1. So the kernel must agree wit
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-
 import pytest
 import torch
+from compiling import compiled, needs_triton
 from interpreter import outcomes_of, run_checks
 
 from qrecipes.quant import gptq_columns
@@ -96,33 +95,21 @@ def check_a_whole_weight_is_the_reference_s() -> None:
         torch.testing.assert_close(ours.grid.scale, plain.grid.scale, rtol=0.05, atol=0)
 
 
-@pytest.mark.skipif(find_spec("triton") is None, reason="needs the triton package, for its compiler")
+@needs_triton
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("capability", "columns"), [(80, 64), (90, 64), (90, 1)])
 def test_kernel_compiles_and_keeps_its_columns_in_registers(capability, columns, kind):
-    from triton import compile
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     from qrecipes.quant.gptq_kernels import LEAST_COLUMNS, ROWS, _round_columns_kernel
 
     constants = {"COLUMNS": max(columns, LEAST_COLUMNS), "ROWS": ROWS}
     constants |= {} if kind == "integer" else {"zero_ptr": None}
     constants |= {} if kind == "float" else {"offset_ptr": None}
-    types = {"q_ptr": "*i8"} | dict.fromkeys(("S", "N", "factor_stride"), "i32")
-    types |= {"least": "fp32", "greatest": "fp32"}
     constants |= {"S": 1} if columns == 1 else {}  # as Triton takes an integer that is 1
-    names = [parameter.name for parameter in _round_columns_kernel.params]
-    signature = {name: "constexpr" if name in constants else types.get(name, "*fp32") for name in names}
-    aligned = [name for name in names if signature[name].startswith("*") or name in ("N", "factor_stride")]
-    source = ASTSource(
-        _round_columns_kernel,
-        signature,
-        {(names.index(name),): value for name, value in constants.items()},
-        {(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
-    )
+    types = {parameter.name: "*fp32" for parameter in _round_columns_kernel.params}
+    types |= {"q_ptr": "*i8", "S": "i32 any", "N": "i32", "factor_stride": "i32"}
+    types |= {"least": "fp32", "greatest": "fp32"}
     options = {"num_warps": 1, "enable_fp_fusion": False}
-    ptx = compile(source, target=GPUTarget("cuda", capability, 32), options=options).asm["ptx"]
+    ptx = compiled(_round_columns_kernel, capability, types, constants, **options).asm["ptx"]
     assert "ld.local" not in ptx
     assert "fma.rn.f32" not in ptx  # products and sums are rounded by themselves, as in the reference
 
