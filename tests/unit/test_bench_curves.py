@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+from fake_training import train_by
 
 from qrecipes.config import parse
 from qrecipes.errors import ConfigError
@@ -272,17 +273,7 @@ device = arguments.get("device", "cpu")
 @pytest.fixture
 def fake(bench, monkeypatch, tmp_path):
     """Training replaced by a script that takes no time; the file in which it leaves a mark for each run."""
-    script, marks = tmp_path / "fake.py", tmp_path / "marks"
-    script.write_text(FAKE_TRAINING)
-    marks.touch()
-    real = bench.train_command
-
-    def train_command(config, overrides, folder=None):
-        command = real(config, overrides, folder)
-        return command if folder is None else [sys.executable, str(script), *command[4:], f"count={marks}"]
-
-    monkeypatch.setattr(bench, "train_command", train_command)
-    return marks
+    return train_by(FAKE_TRAINING, bench, monkeypatch, tmp_path)
 
 
 def test_a_failed_run_is_reported_and_the_others_go_on(tmp_path, bench, fake, capsys):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import importlib
 import json
-import sys
 from pathlib import Path
 
 import pytest
+from fake_training import train_by
 
 from qrecipes.config import parse
 from qrecipes.errors import ConfigError
@@ -61,17 +61,7 @@ rows = [{"step": 0, "val_loss": 9.0}, {"step": 1, "loss": 8.0}, {"step": 1, "val
 @pytest.fixture
 def fake(bench, monkeypatch, tmp_path):
     """Training replaced by a script whose loss is 4 plus the rate; the file with its commands."""
-    script, marks = tmp_path / "fake.py", tmp_path / "marks"
-    script.write_text(FAKE_TRAINING)
-    marks.touch()
-    real = bench.train_command
-
-    def train_command(config, overrides, folder=None):
-        command = real(config, overrides, folder)
-        return command if folder is None else [sys.executable, str(script), *command[4:], f"count={marks}"]
-
-    monkeypatch.setattr(bench, "train_command", train_command)
-    return marks
+    return train_by(FAKE_TRAINING, bench, monkeypatch, tmp_path)
 
 
 def test_the_best_choice_is_trained_with_and_taken_over(tmp_path, bench, fake, capsys):
