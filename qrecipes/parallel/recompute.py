@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._inductor import inductor_prims
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch.utils.checkpoint import CheckpointPolicy
 
-SEEDS = {torch.ops.prims.inductor_seed.default, torch.ops.prims.inductor_seeds.default}
+SEEDS = {inductor_prims.seed, inductor_prims.seeds}
 """What random numbers of a compiled graph come from."""
 
 

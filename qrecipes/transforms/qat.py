@@ -11,7 +11,7 @@ so that the merged layer multiplies the weight that was trained with.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Literal, cast
@@ -231,7 +231,7 @@ class QATLinear(nn.Module):
             TrainingError: if a scale has collapsed or is not finite.
         """
         config = self.qat
-        check_scales("a layer", self)
+        check_scales({"a layer": self})
         zero = None if self.zero is None else round_zero(self.zero, config.bits).to(torch.int8)
         grid = AffineGrid(self.effective_scale().detach(), zero=zero)
         layer = QuantLinear.from_integers(
@@ -257,17 +257,22 @@ class QATLinear(nn.Module):
         )
 
 
-def check_scales(fqn: str, layer: QATLinear) -> None:
-    """Raise TrainingError where scales of `layer` are at their floor or not finite. Reads them."""
-    raw = local(layer.scale)
-    bad = 0 if raw.is_meta else int(collapsed_scales(raw, layer.qat.scale_domain))
-    if bad:
-        raise TrainingError(
-            f"{layer.qat.where}: {bad} of {raw.numel()} scales of {fqn} are not finite or have fallen to "
-            f"{SCALE_FLOOR:g}, where they stand for no weights; lower scale_lr (now "
-            f"{layer.qat.scale_lr:g}) or optim.lr, or"
-            ' train logarithms with scale_domain = "log"'
-        )
+def check_scales(layers: Mapping[str, QATLinear]) -> None:
+    """Raise TrainingError where scales of one of the layers, given by name, are at their floor or not finite.
+    Waits once for the device."""
+    scales = {fqn: local(layer.scale) for fqn, layer in layers.items() if not layer.scale.is_meta}
+    if not scales:
+        return
+    counts = [collapsed_scales(scale, layers[fqn].qat.scale_domain) for fqn, scale in scales.items()]
+    for (fqn, scale), bad in zip(scales.items(), torch.stack(counts).tolist(), strict=True):
+        config = layers[fqn].qat
+        if bad:
+            raise TrainingError(
+                f"{config.where}: {bad} of {scale.numel()} scales of {fqn} are not finite or have fallen to "
+                f"{SCALE_FLOOR:g}, where they stand for no weights; lower scale_lr (now "
+                f"{config.scale_lr:g}) or optim.lr, or"
+                ' train logarithms with scale_domain = "log"'
+            )
 
 
 class QATTransform(LinearTransform[Any]):
@@ -354,8 +359,7 @@ class QATTransform(LinearTransform[Any]):
             TrainingError: if one has collapsed or is not finite.
         """
         if ctx.step % CHECK_EVERY == 0:
-            for fqn, layer in self.layers(ctx.model).items():
-                check_scales(fqn, cast(QATLinear, layer))
+            check_scales(cast("dict[str, QATLinear]", self.layers(ctx.model)))
 
     def finalize(self, model: nn.Module, device: torch.device | None = None) -> nn.Module:
         """As of every method; keys and values stay quantized, as they were in training.
@@ -364,8 +368,7 @@ class QATTransform(LinearTransform[Any]):
             TrainingError: if a scale has collapsed or is not finite, naming the layer.
         """
         layers = self.layers(model)
-        for fqn, layer in layers.items():
-            check_scales(fqn or "the layer", cast(QATLinear, layer))
+        check_scales({fqn or "the layer": cast(QATLinear, layer) for fqn, layer in layers.items()})
         scheme = self.config.kv_scheme()
         if not layers or scheme is None:
             return super().finalize(model, device)

@@ -11,12 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch._inductor.config as inductor_config
 from harness import ALONE
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from qrecipes.config.run import ParallelSection
+from qrecipes.config.run import ModelSection, ParallelSection
 from qrecipes.errors import ConfigError
+from qrecipes.models.build import build
 from qrecipes.parallel.apply import parallelize, recompute, recomputing_backend
 from qrecipes.quant.linear import QuantLinear
 from qrecipes.transforms.base import TransformConfig
@@ -144,6 +146,29 @@ def test_a_runs_compiled_blocks_keep_no_dequantized_weight():
     assert not weight_sized(found)
     recompute(model[0])
     assert [tuple(t.shape) for t in kept(model)] == [(TOKENS, WIDTH)]
+
+
+def test_gradients_of_recomputation_in_the_graph_are_those_of_what_is_kept():
+    """Bit for bit, in bfloat16, by generated code: what a Llama's block computes again is what its forward
+    pass computed, since both round wherever an operator ends."""
+    args = {"num_layers": 1, "embed_dim": 64, "num_heads": 2, "num_kv_heads": 2, "intermediate_dim": 96}
+    section = ModelSection(source="torchtune:llama2.llama2", args=args | {"vocab_size": 64, "max_seq_len": 32})
+    tokens = torch.randint(64, (2, 32), generator=torch.Generator().manual_seed(1))
+    gradients = []
+    for forward in (False, True):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        model = build(section, dtype=torch.bfloat16, device=torch.device("cpu"))
+        model = Chain.from_configs([CONFIGS["LoRA"]]).swap(model)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        with torch.no_grad():
+            for parameter in trained:  # away from the start, where a factor of zeros hides the other
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+        with inductor_config.patch(emulate_precision_casts=not forward):
+            compiled(model.layers[0], recomputing_backend(forward=forward))
+            gradients.append(torch.autograd.grad(model(tokens).float().square().mean(), trained))
+    for found, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("given", [{}, {"compile": True}, {"checkpointing": "full"}])
