@@ -152,7 +152,8 @@ def test_gradients_of_recomputation_in_the_graph_are_those_of_what_is_kept():
     """Bit for bit, in bfloat16, by generated code: what a Llama's block computes again is what its forward
     pass computed, since both round wherever an operator ends."""
     args = {"num_layers": 1, "embed_dim": 64, "num_heads": 2, "num_kv_heads": 2, "intermediate_dim": 96}
-    section = ModelSection(source="torchtune:llama2.llama2", args=args | {"vocab_size": 64, "max_seq_len": 32})
+    args |= {"vocab_size": 64, "max_seq_len": 32}
+    section = ModelSection(source="torchtune:llama2.llama2", args=args)
     tokens = torch.randint(64, (2, 32), generator=torch.Generator().manual_seed(1))
     gradients = []
     for forward in (False, True):
