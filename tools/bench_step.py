@@ -5,8 +5,8 @@
 Shapes: `8b` is 4 layers of Llama 3 8B's with 4 x 2048 tokens, `1b` 8 layers of Llama 3.2 1B's with 8 x 2048,
 both with a vocabulary of 32,000; `vit` is ViT-g/14 of DINOv2 with 64 images of 224 pixels, 257 tokens each.
 Weights are random and bfloat16, blocks compiled one by one, AdamW fused; a step is forward, backward and
-update, and the last layer is left alone in every case but one. Each case is a process of its own, since a graph keeps
-its memory.
+update, and the last layer is left alone in every case but one. Each case is a process of its own, since a
+graph keeps its memory.
 
 Medians of the steps after the warm-up. Peak memory is the CUDA allocator's, of these steps. `host` is the
 time until all of a step's work is queued: near the step's own, the GPU waits for Python. `graphs` counts
