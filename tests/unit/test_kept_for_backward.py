@@ -34,6 +34,8 @@ CONFIGS: dict[str, TransformConfig] = {
     "QLoRA int4": LoRAConfig(rank=RANK, base="int4", group_size=32),
     "QLoRA with DoRA": LoRAConfig(rank=RANK, base="nf4", use_dora=True),
     "QA-LoRA": QALoRAConfig(rank=RANK),
+    "QLoRA, merged forward": LoRAConfig(rank=RANK, base="nf4", merged_forward=True),
+    "QA-LoRA, merged forward": QALoRAConfig(rank=RANK, merged_forward=True),
     "LoRA in INT8": LoRAConfig(rank=RANK, base_compute="int8", emulate=True),
     "QLoRA in INT8": LoRAConfig(rank=RANK, base="nf4", base_compute="int8", emulate=True),
     "QA-LoRA in INT8": QALoRAConfig(rank=RANK, base_compute="int8", emulate=True),
