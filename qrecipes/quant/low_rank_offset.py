@@ -55,7 +55,7 @@ def low_rank_offset_mm_grad_input(
 def changed_offset(
     offset_NG: Tensor, a_RG: Tensor, b_NR: Tensor, scaling: float, dtype: torch.dtype
 ) -> Tensor:
-    """b + scaling * B A, [N, G], computed and returned in `dtype`: what the products use and a merge keeps."""
+    """b + scaling * B A, [N, G], computed and returned in `dtype`: what products use, and merges keep."""
     return torch.addmm(offset_NG.to(dtype), b_NR.to(dtype), a_RG.to(dtype), alpha=scaling)
 
 

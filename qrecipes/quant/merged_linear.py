@@ -1,9 +1,9 @@
 """Products with a frozen low-bit weight and a trained low-rank product as one weight: the one that merging
 both gives, formed anew in each pass and never kept.
 
-T tokens, K input features, N output features, G groups of a row, R rank. y = x V^T + bias, where V = W + kappa
-B A, or, by offsets, where A has a column for each group of the weight, and sees the sum of the group's inputs.
-Nothing is computed for each token beside the product with V. With I the input of A, [T, K] or [T, G]:
+T tokens, K input features, N output features, G groups of a row, R rank. y = x V^T + bias, with V = W + kappa
+* B A; by offsets, A has a column for each group of the weight, and sees the sum of the group's inputs. The
+output takes no product over the tokens but that with V. With I the input of A, [T, K] or [T, G]:
 
     dx = dy V        dB = kappa * dy^T (I A^T)        dA = kappa * (dy B)^T I
 """
@@ -97,7 +97,9 @@ class _MergedLinear(torch.autograd.Function):
         low_a, low_b_NR = a.to(dtype), b_NR.to(dtype)
         grad_x = grad_a = grad_b = grad_bias_N = None
         if needs_x:
-            grad_input = low_rank_offset_mm_grad_input if ctx.by_offsets else dequantize_low_rank_mm_grad_input
+            grad_input = (
+                low_rank_offset_mm_grad_input if ctx.by_offsets else dequantize_low_rank_mm_grad_input
+            )
             factors = (a, b_NR) if ctx.by_offsets else (low_a, low_b_NR)
             grad_x_TK = grad_input(dy_TN, tuple(payload), *factors, scaling, ctx.format, ctx.shape[-1])
             grad_x = grad_x_TK.reshape(ctx.shape)

@@ -53,17 +53,19 @@ class AdapterConfig(TransformConfig):
     merged_forward: bool = False
     """Multiply by the weight that the layer would be merged to, formed anew in each pass and never kept, in
     place of adding the adapter's product to the base's: the adapter costs no products over the tokens in the
-    forward pass. It is for many tokens a step, not for generation, which then forms the weight for each
+    forward pass. It is for steps of many tokens, not for generation, which would form the weight for every
     token. The base must be low-bit. The sum of base and adapter is rounded to the model's type once, as the
-    merged weight is in an export; that noise is what rounding the dequantized weight alone makes anyway."""
+    merged weight is in an export. That is as much noise as rounding the dequantized weight alone makes; a
+    change of a weight below half a step of that type shows in those weights only that it moves to another
+    one."""
 
     def _check_merged_forward(self, where: str, conflicts: Mapping[str, tuple[Any, str]]) -> None:
         """Raise ConfigError, naming `where`, if `merged_forward` is set and a key of `conflicts` is not the
         value that is given there, with the reason why it must be."""
-        conflicts = {"base_compute": ("model", "a merged weight is multiplied in the model's type")} | dict(
-            conflicts
-        )
-        for key, (wanted, why) in conflicts.items() if self.merged_forward else ():
+        if not self.merged_forward:
+            return
+        in_model = ("model", "a merged weight is multiplied in the model's type")
+        for key, (wanted, why) in {"base_compute": in_model, **conflicts}.items():
             value = getattr(self, key)
             if value != wanted:
                 raise ConfigError(

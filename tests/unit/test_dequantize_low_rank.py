@@ -210,7 +210,11 @@ def check_weights_are_the_references_but_for_the_order_of_sums(format, N, K, ran
 def check_other_blocks_have_the_same_bits():
     """Repeats that do not divide the rows, stages, tiles wider than a row."""
     kernels = operators.kernels
-    for name, N, K, rank in (("nf4", 150, 200, 5), ("int4 g32 offset", 70, 96, 70), ("int3 row", 130, 37, 16)):
+    for name, N, K, rank in (
+        ("nf4", 150, 200, 5),
+        ("int4 g32 offset", 70, 96, 70),
+        ("int3 row", 130, 37, 16),
+    ):
         payload, a, b, K = case_of(FORMATS[name], N, K, rank, whole=True)
         for blocks in ((64, 128, 8, 4, 3), (128, 64, 4, 2, 1), (16, 256, 4, 1, 1), (32, 16, 4, 8, 2)):
             with mock.patch.object(kernels, "BLOCKS", kernels.LowRankBlocks(*blocks)):

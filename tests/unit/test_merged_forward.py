@@ -300,8 +300,16 @@ LOW_BIT = {"base": "nf4"}
             "lora.merged_forward: true, and base_compute is 'int8': .*; set base_compute to 'model', or",
         ),
         (LoRAConfig, LOW_BIT | {"dropout": 0.1}, "lora.merged_forward: true, and dropout is 0.1: .* 0.0, or"),
-        (LoRAConfig, LOW_BIT | {"use_dora": True}, "lora.merged_forward: true, and use_dora is True: .*False"),
-        (LoRAConfig, {}, "lora.merged_forward: true, and base is 'bf16', .*; set base to 'nf4' or 'int4', or"),
+        (
+            LoRAConfig,
+            LOW_BIT | {"use_dora": True},
+            "lora.merged_forward: true, and use_dora is True: .*False",
+        ),
+        (
+            LoRAConfig,
+            {},
+            "lora.merged_forward: true, and base is 'bf16', .*; set base to 'nf4' or 'int4', or",
+        ),
         (
             QALoRAConfig,
             {"base_compute": "int8"},
