@@ -56,8 +56,7 @@ class AdapterConfig(TransformConfig):
     forward pass. It is for steps of many tokens, not for generation, which would form the weight for every
     token. The base must be low-bit. The sum of base and adapter is rounded to the model's type once, as the
     merged weight is in an export. That is as much noise as rounding the dequantized weight alone makes; a
-    change of a weight below half a step of that type shows in those weights only that it moves to another
-    one."""
+    change below a step of that type moves only the weights that it takes over a boundary of rounding."""
 
     def _check_merged_forward(self, where: str, conflicts: Mapping[str, tuple[Any, str]]) -> None:
         """Raise ConfigError, naming `where`, if `merged_forward` is set and a key of `conflicts` is not the
