@@ -1,6 +1,6 @@
 """Forming a low-bit weight with a low-rank product in it: `bench_dequantize.py --low-rank`.
 
-Microseconds of single calls with a cold L2 cache: a `copy` of as many bytes, `dequantize` without the product,
+Microseconds of single calls with a cold L2 cache: a `copy` of as many bytes, `dequantize` without a product,
 and `with product`; `offsets`, for formats that have them, is what changing them takes. Then T tokens through
 a layer: `beside` multiplies by A and B beside the base and adds, uncompiled, and `merged` multiplies by the
 one weight. With `--tiles` other tiles of the kernel are tried; A and B are whole numbers over 8, of which

@@ -15,7 +15,7 @@ scaled to trained magnitudes m, and the norm has no gradient:
 ||W + kappa B A||^2 = ||W||^2 + 2 kappa sum_R B o (W A^T) + kappa^2 sum_R B o (B A A^T), row by row, so that
 nothing of size N x K is formed.
 
-With `merged_forward`, a pass forms V = W + kappa * B A, A and B rounded to the model's type first, the sum once,
+With `merged_forward`, a pass forms V = W + kappa * B A, of A and B in the model's type, rounds it to that once,
 and multiplies by it: y = x V^T + bias.
 """
 
@@ -132,8 +132,8 @@ class LoRAConfig(AdapterConfig):
         )
         if self.merged_forward and self.base == "bf16":
             raise ConfigError(
-                f"{where}.merged_forward: true, and base is 'bf16', whose weights lie on the model's grid: an "
-                "adapter below half of its steps would vanish in the sum; set base to 'nf4' or 'int4', or "
+                f"{where}.merged_forward: true, and base is 'bf16', whose weights lie on the model's grid: "
+                "an adapter below half of its steps would vanish in the sum; set base to 'nf4' or 'int4', or "
                 "merged_forward to false"
             )
         for key, default, what in (

@@ -269,7 +269,7 @@ def test_layers_of_merged_weights_against_float64(dtype, by_offsets, format):
 @pytest.mark.parametrize("is_compiled", [False, True])
 @pytest.mark.parametrize("by_offsets", [False, True])
 def test_a_merged_weight_lives_as_long_as_its_product(by_offsets, is_compiled):
-    """Eight layers of 2048 x 2048: a weight takes 8.4 MB, offsets 0.5 MB, inputs and outputs of 64 tokens 0.3."""
+    """Eight layers of 2048 x 2048: a weight takes 8.4 MB, offsets 0.5 MB, an output of 64 tokens 0.3 MB."""
     width, layers, tokens, rank = 2048, 8, 64, 16
     format = AffineFormat(bits=4, group_size=32, symmetric=False, zero_point="float")
     linear = nn.Linear(width, width, bias=False, device="cuda", dtype=torch.bfloat16)
