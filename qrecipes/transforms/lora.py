@@ -15,8 +15,8 @@ scaled to trained magnitudes m, and the norm has no gradient:
 ||W + kappa B A||^2 = ||W||^2 + 2 kappa sum_R B o (W A^T) + kappa^2 sum_R B o (B A A^T), row by row, so that
 nothing of size N x K is formed.
 
-With `merged_forward`, a pass forms V = W + kappa * B A, of A and B in the model's type, rounds the sum to that
-type once, and multiplies by it: y = x V^T + bias.
+With `merged_forward`, a pass forms V = W + kappa * B A, of A and B in the model's type, rounds the sum to it
+once, and multiplies by V: y = x V^T + bias.
 """
 
 from __future__ import annotations
