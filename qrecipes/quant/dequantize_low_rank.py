@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from qrecipes.quant.dequantize import _has_kernel, dequantize_reference
+from qrecipes.quant.dequantize import dequantize_reference, has_kernel
 from qrecipes.quant.device import HAS_TRITON, on_device_of
 from qrecipes.quant.formats import Payload, WeightFormat, format_of_key
 
 if HAS_TRITON:
     from qrecipes.quant import dequantize_low_rank_kernels as kernels
+    from qrecipes.quant.dequantize_kernels import stored_weight
 
 
 def dequantize_low_rank(
@@ -97,7 +98,7 @@ def dequantize_low_rank_triton(
     out_NK = payload[0].new_empty((payload[0].shape[0], in_features), dtype=dtype)
     if out_NK.numel() > 0:
         with on_device_of(out_NK):
-            weight = kernels.stored_weight(payload, format, in_features)
+            weight = stored_weight(payload, format, in_features)
             a_RK, b_NR = a_RK.to(dtype).contiguous(), b_NR.to(dtype).contiguous()
             kernels.launch_dequantize_low_rank(weight, a_RK, b_NR, scaling, out_NK)
     return out_NK
@@ -126,8 +127,7 @@ def _dequantize_cuda(
     in_features: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    has_kernel = _has_kernel(payload, dtype)
-    formed = dequantize_low_rank_triton if has_kernel else dequantize_low_rank_reference
+    formed = dequantize_low_rank_triton if has_kernel(payload, dtype) else dequantize_low_rank_reference
     return formed(tuple(payload), a_RK, b_NR, scaling, format_of_key(key), in_features, dtype)
 
 

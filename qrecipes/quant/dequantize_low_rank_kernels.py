@@ -17,18 +17,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qrecipes.quant.dequantize_kernels import (
-    StoredWeight,
-    _load_scales,
-    _load_words,
-    _weights,
-    stored_weight,
-)
+from qrecipes.quant.dequantize_kernels import StoredWeight, _load_scales, _load_words, _weights
 from qrecipes.quant.dequantize_tiles import UNIT
 from qrecipes.quant.low_rank_kernels import LEAST_BLOCK, RANK_BYTES, _add_dot
 from qrecipes.quant.triton_launch import Launchers
-
-__all__ = ["StoredWeight", "launch_dequantize_low_rank", "stored_weight"]
 
 
 class LowRankBlocks(NamedTuple):

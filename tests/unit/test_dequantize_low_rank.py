@@ -137,9 +137,10 @@ POINTERS = {
 def test_the_kernel_compiles_to_tensor_cores_and_wide_stores(name, K, rank, dtype, capability):
     """And rounds every product and sum by itself, as the reference does. float32 is multiplied in full."""
     from qrecipes.quant import dequantize_low_rank_kernels as kernels
+    from qrecipes.quant.dequantize_kernels import stored_weight
 
     payload, *_ = case_of(FORMATS[name], 8, K, 1)
-    weight = kernels.stored_weight(payload, FORMATS[name], K)
+    weight = stored_weight(payload, FORMATS[name], K)
     names = ("packed_ptr", "scale_ptr", "extra_ptr", "mean_ptr")
     types = {n: POINTERS[t.dtype] for n, t in zip(names, weight.tensors, strict=True) if t is not None}
     constants = {n: None for n, t in zip(names, weight.tensors, strict=True) if t is None}

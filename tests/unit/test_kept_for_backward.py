@@ -119,7 +119,7 @@ def test_a_layer_that_dequantizes_in_plain_sight_is_noticed(compile, monkeypatch
     assert len(weight_sized(kept(model))) == 4
 
 
-@pytest.mark.parametrize("name", ["QLoRA", "QA-LoRA"])
+@pytest.mark.parametrize("name", ["QLoRA", "QA-LoRA", "QLoRA, merged forward", "QA-LoRA, merged forward"])
 def test_recomputing_pointwise_keeps_no_norm_and_no_product_of_the_gate(name):
     """Kept: the block's input, the residual, gate and up; of LoRA, beside these, nothing that is as wide."""
     normally, sparing = adapted(CONFIGS[name]), adapted(CONFIGS[name])
