@@ -12,6 +12,8 @@ q and s stay as they are, bit for bit. A of the one form is A of the other times
 states the merge for zero points z = -b / s, z' = z - kappa * B A / s: rounded to integers, those lose the
 adapter wherever |kappa * B A / s| < 1/2. `with_integer_zeros` measures what a runtime would compute that
 takes only such.
+
+With `merged_forward` a pass forms b' and multiplies by s * q + b': what the merged layer gives, bit for bit.
 """
 
 from __future__ import annotations
