@@ -1,13 +1,16 @@
 """Low-bit weights: dequantization against a copy, and products against bf16's, by the number of tokens.
 
     tools/bench_dequantize.py [--shapes NxK ...] [--tokens T ...] [--formats NAME ...] [--tiles]
-                              [--output FILE.json]
+                              [--low-rank RANK] [--output FILE.json]
 
 N output features, K input features, T tokens. Dequantization to bf16 is given in bytes read and written a
 second, beside a copy that moves as many. Products are given in microseconds: with a bf16 weight, by our
 operator, which fuses few tokens, by dequantizing first whatever T, and both gradients of the input. `--tiles`
 also times the fused kernels with other tiles: what the constants of `qrecipes.quant.dequantize_tiles` are to
 be chosen by. Random data, medians; on a GPU of single calls with a cold L2 cache.
+
+`--low-rank` times something else: weights with a low-rank product in them, see dequantize_low_rank_tiles.py.
+With `--tiles` it tries other tiles of that kernel, and prints the constant to set.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from dequantize_low_rank_tiles import compare, comparison_table, time_choices
 
 from qrecipes.parallel.process import Process, pick_device
 from qrecipes.quant.dequantize import (
@@ -54,6 +58,7 @@ FORMATS: dict[str, WeightFormat] = {
 CACHE_BYTES = 2**28
 """What is written between two calls on a GPU, so that no operand is left in its L2 cache."""
 Case = Callable[[], object]
+Shapes = list[tuple[int, int]]
 
 
 def main() -> int:
@@ -63,16 +68,34 @@ def main() -> int:
     parser.add_argument("--tokens", nargs="+", type=int, metavar="T", default=TOKENS)
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=list(FORMATS))
     parser.add_argument("--tiles", action="store_true", help="time other tiles of the fused kernels, too")
+    parser.add_argument("--low-rank", type=int, metavar="RANK", help="time weights with such a product alone")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
-    shapes = [tuple(map(int, text.split("x"))) for text in args.shapes or []] or SHAPES
+    shapes = [shape_of(text) for text in args.shapes or []] or list(SHAPES)
     device = pick_device("auto")
     timer = Timer(device, args.repeats)
+    timed = time_low_rank(args, shapes, timer) if args.low_rank else time_plain(args, shapes, timer)
+    found = {
+        "command": " ".join(["tools/bench_dequantize.py", *sys.argv[1:]]),
+        **timed,
+        "environment": {k: v for k, v in environment(Process(0, 1, device, None)).items() if k != "command"},
+    }
+    if args.output:
+        args.output.write_text(json.dumps(found, indent=1) + "\n")
+    if args.low_rank:
+        print(comparison_table(timed["low_rank"]))
+    else:
+        print(bandwidth_table(timed["dequantization"]), product_table(timed["products"]), sep="\n\n")
+    return 0
+
+
+def time_plain(args: argparse.Namespace, shapes: Shapes, timer: Timer) -> dict[str, list[dict[str, Any]]]:
+    """Dequantization and products of every weight."""
     bandwidths, products = [], []
     for N, K in shapes:
         for name in args.formats:
-            payload = random_payload(N, K, FORMATS[name], device)
+            payload = random_payload(N, K, FORMATS[name], timer.device)
             bandwidths.append(bandwidth(payload, name, N, K, timer))
             for T in args.tokens:
                 cases = product_cases(payload, FORMATS[name], T, N, K)
@@ -80,16 +103,27 @@ def main() -> int:
                 if args.tiles:
                     times |= time_tiles(payload, FORMATS[name], T, N, K, timer)
                 products.append({"N": N, "K": K, "format": name, "T": T, "us": times})
-    found = {
-        "command": " ".join(["tools/bench_dequantize.py", *sys.argv[1:]]),
-        "dequantization": bandwidths,
-        "products": products,
-        "environment": {k: v for k, v in environment(Process(0, 1, device, None)).items() if k != "command"},
-    }
-    if args.output:
-        args.output.write_text(json.dumps(found, indent=1) + "\n")
-    print(bandwidth_table(bandwidths), product_table(products), sep="\n\n")
-    return 0
+    return {"dequantization": bandwidths, "products": products}
+
+
+def time_low_rank(args: argparse.Namespace, shapes: Shapes, timer: Timer) -> dict[str, list[dict[str, Any]]]:
+    """Weights with a low-rank product, and the largest number of tokens through a layer of each."""
+    results, T = [], max(args.tokens)
+    for N, K in shapes:
+        for name in args.formats:
+            payload, format = random_payload(N, K, FORMATS[name], timer.device), FORMATS[name]
+            times = compare(payload, format, N, K, args.low_rank, T, timer.microseconds)
+            is_swept = args.tiles and timer.device.type == "cuda"
+            tiles = time_choices(payload, format, N, K, args.low_rank, timer.microseconds) if is_swept else {}
+            row = {"N": N, "K": K, "format": name, "rank": args.low_rank, "T": T}
+            results.append(row | {"us": times, "tiles": tiles})
+    return {"low_rank": results}
+
+
+def shape_of(text: str) -> tuple[int, int]:
+    """N and K of "NxK"."""
+    N, K = text.split("x")
+    return int(N), int(K)
 
 
 class Timer:

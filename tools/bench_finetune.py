@@ -8,7 +8,8 @@ Weights and tokens are random; adapters have rank 64 and alpha 16 on every linea
 rank 32. Each case is a process of its own. Cases have suffixes: `, checkpointing` recomputes every block,
 `, checkpointing in the graph` has the compiler do so (parallel.recompute_in_graph), `, pointwise` recomputes
 only norms and activation functions (parallel.recompute_pointwise). `INT8` cases multiply the frozen base on
-INT8 tensor cores, `bf16 scales` keep 5.5 bits a weight where others keep 6. `--list` prints every case.
+INT8 tensor cores, `merged forward` cases by base and adapter as one weight, `bf16 scales` keep 5.5 bits a
+weight where others keep 6. `--list` prints every case.
 
 Our cases are built and stepped by what `qrecipes run train` calls: bfloat16 weights on the device, then the
 transform, layer by layer, then compiled blocks; loss and optimizer as the options say, gradients clipped.
@@ -57,6 +58,7 @@ SHAPES = {
 ADAPTERS = {"7b": Adapters(64, 16.0), "tiny": Adapters(8, 16.0)}
 CHECKPOINTING, IN_GRAPH, POINTWISE = ", checkpointing", ", checkpointing in the graph", ", pointwise"
 INT8 = {"base_compute": "int8"}
+MERGED = {"merged_forward": True}
 Peer = Callable[..., Step]
 
 
@@ -93,6 +95,8 @@ METHODS: dict[str, Ours | Theirs] = {
     "QLoRA int4 g32": Ours("lora", {"base": "int4", "group_size": 32}),
     "QA-LoRA": Ours("qa_lora", {"bits": 4, "group_size": 32}),
     "QA-LoRA bf16 scales": Ours("qa_lora", {"bits": 4, "group_size": 32, "scale_dtype": "bfloat16"}),
+    "QLoRA merged forward": Ours("lora", {"base": "nf4"} | MERGED),
+    "QA-LoRA merged forward": Ours("qa_lora", {"bits": 4, "group_size": 32} | MERGED),
     "LoRA INT8": Ours("lora", INT8),
     "QLoRA INT8": Ours("lora", {"base": "nf4"} | INT8),
     "QA-LoRA INT8": Ours("qa_lora", {"bits": 4, "group_size": 32} | INT8),

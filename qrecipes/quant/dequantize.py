@@ -187,13 +187,13 @@ def _mm_grad_input(dy_TN: Tensor, payload: list[Tensor], key: str, in_features: 
 
 
 def _dequantize_cuda(payload: list[Tensor], key: str, in_features: int, dtype: torch.dtype) -> Tensor:
-    dequantized = dequantize_triton if _has_kernel(payload, dtype) else dequantize_reference
+    dequantized = dequantize_triton if has_kernel(payload, dtype) else dequantize_reference
     return dequantized(tuple(payload), format_of_key(key), in_features, dtype)
 
 
 def _mm_cuda(x_TK: Tensor, payload: list[Tensor], key: str, bias_N: Tensor | None = None) -> Tensor:
     (T, K), N = x_TK.shape, payload[0].shape[0]
-    if T > 0 and _has_kernel(payload, x_TK.dtype):
+    if T > 0 and has_kernel(payload, x_TK.dtype):
         tiles = choose_tiles(T, N, K, x_TK.dtype, device_limits(x_TK.device))
         if tiles is not None:
             return dequantize_mm_triton(x_TK, tuple(payload), format_of_key(key), bias_N, tiles)
@@ -204,7 +204,8 @@ def _mm_grad_input_cuda(dy_TN: Tensor, payload: list[Tensor], key: str, in_featu
     return dy_TN @ _dequantize_cuda(payload, key, in_features, dy_TN.dtype)
 
 
-def _has_kernel(payload: list[Tensor], dtype: torch.dtype) -> bool:
+def has_kernel(payload: list[Tensor], dtype: torch.dtype) -> bool:
+    """Whether a weight on a CUDA device is dequantized to `dtype` by kernels."""
     wide = torch.float64 in (dtype, *(t.dtype for t in payload))
     return HAS_TRITON and not wide and device_limits(payload[0].device).capability >= LEAST_CAPABILITY
 

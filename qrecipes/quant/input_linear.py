@@ -104,7 +104,7 @@ class QuantInputLinear(QuantLinear):
         wanted = self.input_format
         if not wanted.integer:
             return super().forward(fake_quantize(input, wanted.bits, symmetric=wanted.symmetric))
-        self._check_types(input)
+        self.check_types(input)
         return _IntegerQuantLinear.apply(
             input, self.bias, wanted.bits, self.format, self.in_features, *self.payload
         )

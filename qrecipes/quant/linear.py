@@ -182,10 +182,12 @@ class QuantLinear(nn.Module):
         Raises:
             ValueError: if the input is of another type, or something converted the payload.
         """
-        self._check_types(input)
+        self.check_types(input)
         return _QuantLinear.apply(input, self.bias, self.format, self.in_features, *self.payload)
 
-    def _check_types(self, input: Tensor) -> None:
+    def check_types(self, input: Tensor) -> None:
+        """Raise ValueError if the input is of another type than `compute_dtype`, or something converted the
+        payload."""
         if input.dtype is not self.compute_dtype:
             raise ValueError(
                 f"QuantLinear.input: {input.dtype}, but the layer computes in {self.compute_dtype}; use one "

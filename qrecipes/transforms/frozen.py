@@ -50,6 +50,27 @@ class AdapterConfig(TransformConfig):
     emulate: bool = False
     """Where `base_compute` is `int8` and there are no INT8 tensor cores (CPU, GPUs before Ampere) compute the
     same numbers in plain PyTorch, slowly, rather than refuse. It changes nothing where there are."""
+    merged_forward: bool = False
+    """Multiply by the weight that the layer would be merged to, formed anew in each pass and never kept, in
+    place of adding the adapter's product to the base's: the adapter costs no products over the tokens in the
+    forward pass. It is for steps of many tokens, not for generation, which would form the weight for every
+    token. The base must be low-bit. The sum of base and adapter is rounded to the model's type once, as the
+    merged weight is in an export. That is as much noise as rounding the dequantized weight alone makes; a
+    change below a step of that type moves only the weights that it takes over a boundary of rounding."""
+
+    def _check_merged_forward(self, where: str, conflicts: Mapping[str, tuple[Any, str]]) -> None:
+        """Raise ConfigError, naming `where`, if `merged_forward` is set and a key of `conflicts` is not the
+        value that is given there, with the reason why it must be."""
+        if not self.merged_forward:
+            return
+        in_model = ("model", "a merged weight is multiplied in the model's type")
+        for key, (wanted, why) in {"base_compute": in_model, **conflicts}.items():
+            value = getattr(self, key)
+            if value != wanted:
+                raise ConfigError(
+                    f"{where}.merged_forward: true, and {key} is {value!r}: {why}; set {key} to {wanted!r}, "
+                    "or merged_forward to false"
+                )
 
     def check_device(self, device: torch.device, where: str = "transform") -> None:
         """Raise ConfigError, naming `where`, if INT8 products are wanted, not emulated, and `device` has

@@ -14,6 +14,9 @@ scaled to trained magnitudes m, and the norm has no gradient:
 
 ||W + kappa B A||^2 = ||W||^2 + 2 kappa sum_R B o (W A^T) + kappa^2 sum_R B o (B A A^T), row by row, so that
 nothing of size N x K is formed.
+
+With `merged_forward`, a pass forms V = W + kappa * B A, of A and B in the model's type, rounds the sum to it
+once, and multiplies by V: y = x V^T + bias.
 """
 
 from __future__ import annotations
@@ -30,6 +33,7 @@ from torch.nn.functional import linear
 from qrecipes.errors import ConfigError
 from qrecipes.quant.formats import AffineFormat, NF4Format, WeightFormat
 from qrecipes.quant.linear import QuantLinear
+from qrecipes.quant.merged_linear import merged_low_rank_linear
 from qrecipes.quant.ranges import RANGES
 from qrecipes.transforms.base import (
     Adapter,
@@ -119,6 +123,19 @@ class LoRAConfig(AdapterConfig):
                         f"{where}.{key}: {getattr(self, key)!r} is for a low-bit base, and base is 'bf16'; "
                         f"set base to 'nf4' or 'int4', or {key} to {default!r}"
                     )
+        self._check_merged_forward(
+            where,
+            {
+                "dropout": (0.0, "there is no product of the adapter's own whose inputs could be dropped"),
+                "use_dora": (False, "magnitudes scale the outputs of base and adapter apart"),
+            },
+        )
+        if self.merged_forward and self.base == "bf16":
+            raise ConfigError(
+                f"{where}.merged_forward: true, and base is 'bf16', whose weights lie on the model's grid: "
+                "an adapter below half of its steps would vanish in the sum; set base to 'nf4' or 'int4', or "
+                "merged_forward to false"
+            )
         for key, default, what in (
             ("quantizer", "rtn", "chooses ranges of integers"),
             ("symmetric", False, "is for integers"),
@@ -202,6 +219,9 @@ class LoRALinear(AdaptedLinear):
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., K] -> [..., N], in the input's type."""
+        if self.config.merged_forward:
+            assert isinstance(self.base, QuantLinear), self.config
+            return merged_low_rank_linear(input, self.base, self.lora_a, self.lora_b, self.scaling)
         y = self.base_output(input)
         x = self.dropout(input)
         product = linear(linear(x, self.lora_a.to(x.dtype)) * self.scaling, self.lora_b.to(x.dtype))

@@ -12,6 +12,8 @@ q and s stay as they are, bit for bit. A of the one form is A of the other times
 states the merge for zero points z = -b / s, z' = z - kappa * B A / s: rounded to integers, those lose the
 adapter wherever |kappa * B A / s| < 1/2. `with_integer_zeros` measures what a runtime would compute that
 takes only such.
+
+With `merged_forward` a pass forms b' and multiplies by s * q + b': what the merged layer gives, bit for bit.
 """
 
 from __future__ import annotations
@@ -27,6 +29,8 @@ from torch.nn.functional import linear
 from qrecipes.errors import ConfigError
 from qrecipes.quant.formats import AffineFormat
 from qrecipes.quant.linear import QuantLinear
+from qrecipes.quant.low_rank_offset import changed_offset
+from qrecipes.quant.merged_linear import merged_offset_linear
 from qrecipes.quant.ranges import RANGES
 from qrecipes.transforms.base import (
     Adapter,
@@ -86,6 +90,8 @@ class QALoRAConfig(AdapterConfig):
             raise ConfigError(f"{where}.alpha: {self.alpha} is not positive; use a number such as 16")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"{where}.dropout: {self.dropout}; use at least 0 and less than 1")
+        no_product = "there is no product of the adapter's own whose inputs could be dropped"
+        self._check_merged_forward(where, {"dropout": (0.0, no_product)})
         try:
             self.format()
         except ValueError as error:
@@ -95,6 +101,11 @@ class QALoRAConfig(AdapterConfig):
     def scaling(self) -> float:
         """kappa."""
         return self.alpha / self.rank
+
+    @property
+    def offset_scaling(self) -> float:
+        """What B A is multiplied by to be a change of offsets."""
+        return self.scaling if self.pool == "sum" else self.scaling / self.group_size
 
     def format(self, offset_dtype: Literal["float32", "float64"] = "float32") -> AffineFormat:
         """How the base is stored, and what a merged layer is."""
@@ -158,6 +169,10 @@ class QALoRALinear(AdaptedLinear):
 
     def forward(self, input: Tensor) -> Tensor:
         """[..., K] -> [..., N], in the input's type."""
+        if self.config.merged_forward:
+            return merged_offset_linear(
+                input, self.base, self.lora_a, self.lora_b, self.config.offset_scaling
+            )
         y = self.base_output(input)
         p = self.dropout(pooled_input(input, self.config.group_size, self.config.pool))
         hidden = linear(p, self.lora_a.to(p.dtype)) * self.config.scaling
@@ -166,16 +181,18 @@ class QALoRALinear(AdaptedLinear):
     @torch.no_grad()
     def offset_change(self) -> Tensor:
         """What the adapter adds to each group's weights, [N, G], in float32 or wider."""
-        config = self.config
-        a = convert_pool(self.lora_a.to(self.work_dtype), config.group_size, config.pool, "sum")
-        return config.scaling * (self.lora_b.to(self.work_dtype) @ a)
+        a, b = self.lora_a.to(self.work_dtype), self.lora_b.to(self.work_dtype)
+        return self.config.offset_scaling * (b @ a)
 
+    @torch.no_grad()
     def merged(self) -> QuantLinear:
         """The base with the adapter in its offsets: the same integers and scales."""
         grid = self.base.grid
         assert grid.offset is not None, self.base.format
         wide = self.work_dtype is torch.float64  # a model in float64 checks the arithmetic
-        offset = grid.offset.to(self.work_dtype) + self.offset_change()
+        offset = changed_offset(
+            grid.offset, self.lora_a, self.lora_b, self.config.offset_scaling, self.work_dtype
+        )
         return self.base.with_grid(
             grid._replace(offset=offset), self.config.format("float64" if wide else "float32")
         )

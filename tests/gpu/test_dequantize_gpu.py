@@ -17,9 +17,11 @@ from qrecipes.quant.dequantize import (
     quantize_to_affine,
     quantize_to_nf4,
 )
+from qrecipes.quant.dequantize_low_rank import dequantize_low_rank, dequantize_low_rank_reference
 from qrecipes.quant.dequantize_tiles import MAX_FUSED_TOKENS, MatrixTiles, VectorTiles
 from qrecipes.quant.formats import AffineFormat, NF4Format, Payload, WeightFormat
 from qrecipes.quant.linear import QuantLinear
+from qrecipes.quant.merged_linear import merged_low_rank_linear, merged_offset_linear
 from qrecipes.quant.ranges import minmax_grid
 
 pytestmark = [
@@ -197,6 +199,114 @@ def test_nothing_of_a_weights_size_is_kept_after_the_forward_pass(tokens, is_com
     y.sum().backward()
     # one temporary at a time, besides activations and their gradients
     assert torch.cuda.max_memory_allocated() - before <= 1.1 * weight_bytes + (layers + 4) * outputs + 2**20
+
+
+def low_rank_factors(N: int, K: int, rank: int, whole: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """A and B; whole numbers over 8 are exact in every type, and sums of their products in float32."""
+    shapes = (rank, K), (N, rank)
+    if whole:
+        a, b = (torch.randint(-3, 4, shape, device="cuda") / 8 for shape in shapes)
+    else:
+        a, b = (torch.randn(shape, device="cuda") for shape in shapes)
+    return a, b
+
+
+@every_format
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize(
+    ("shape", "rank"), [((512, 1024), 16), ((100, 200), 5), ((100, 216), 150), ((4096, 4096), 64)], ids=str
+)
+def test_weights_with_a_low_rank_product_are_the_references(shape, rank, dtype, format):
+    """Bit for bit where the product is exact; elsewhere `rank` products are added up in another order, and a
+    sum may be rounded to the next number of its type then."""
+    (N, K), scaling = shape, 0.25
+    if isinstance(format, AffineFormat) and K % (format.group_size or 1):
+        pytest.skip("the groups do not divide the rows")
+    payload = random_payload(N, K, format)
+    a, b = low_rank_factors(N, K, rank, whole=True)
+    found = dequantize_low_rank(payload, a, b, scaling, format, K, dtype).cpu()
+    wanted = dequantize_low_rank_reference(on_cpu(payload), a.cpu(), b.cpu(), scaling, format, K, dtype)
+    assert torch.equal(found, wanted)
+    a, b = (t.to(dtype) for t in low_rank_factors(N, K, rank))
+    found = dequantize_low_rank(payload, a, b, scaling, format, K, dtype).double()
+    base = dequantize(payload, format, K, torch.float32).double()
+    exact = base + scaling * b.double() @ a.double()
+    size = base.abs() + scaling * b.double().abs() @ a.double().abs()
+    bound = rank * 2.0**-23 * size + torch.finfo(dtype).eps * exact.abs() + torch.finfo(dtype).tiny
+    assert bool(((found - exact).abs() <= bound).all())
+
+
+@pytest.mark.parametrize(
+    ("format", "by_offsets"),
+    [
+        *((format, False) for format in FORMATS),
+        *((format, True) for format in FORMATS if isinstance(format, AffineFormat) and format.has_offset),
+    ],
+    ids=lambda value: value.key if hasattr(value, "key") else str(value),
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_layers_of_merged_weights_against_float64(dtype, by_offsets, format):
+    """Output and gradients, by the norm: bfloat16 rounds weights, hidden values and outputs."""
+    N, K, T, rank, scaling = 256, 768, 300, 16, 0.25
+    layer = QuantLinear.from_linear(nn.Linear(K, N, device="cuda", dtype=dtype), format)
+    size = format.group_size if by_offsets else 1
+    a, b = (t.mul_(0.1).requires_grad_() for t in low_rank_factors(N, K // size, rank))
+    x = torch.randn(T, K, device="cuda", dtype=dtype, requires_grad=True)
+    leaves = {"x": x, "a": a, "b": b, "bias": layer.bias}
+    exact = {name: leaf.detach().double().requires_grad_() for name, leaf in leaves.items()}
+    weight = dequantize(layer.payload, format, K, torch.float32).double()
+    weight = weight + scaling * exact["b"] @ exact["a"].repeat_interleave(size, 1)
+    expected = exact["x"] @ weight.t() + exact["bias"]
+    grad = torch.randn(T, N, device="cuda", dtype=dtype)
+    merged = merged_offset_linear if by_offsets else merged_low_rank_linear
+    tolerance = 2**-6 if dtype is torch.bfloat16 else 1e-5
+    wanted = torch.autograd.grad(expected, exact.values(), grad.double())
+    for run in (merged, torch.compile(merged, fullgraph=True)):
+        found = run(x, layer, a, b, scaling)
+        assert (found.double() - expected).norm() < tolerance * expected.norm()
+        gradients = torch.autograd.grad(found, leaves.values(), grad)
+        for name, ours, theirs in zip(leaves, gradients, wanted, strict=True):
+            assert (ours.double() - theirs).norm() < tolerance * theirs.norm(), name
+
+
+@pytest.mark.parametrize("is_compiled", [False, True])
+@pytest.mark.parametrize("by_offsets", [False, True])
+def test_a_merged_weight_lives_as_long_as_its_product(by_offsets, is_compiled):
+    """Eight layers of 2048 x 2048: a weight takes 8.4 MB, offsets 0.5 MB, an output of 64 tokens 0.3 MB."""
+    width, layers, tokens, rank = 2048, 8, 64, 16
+    format = AffineFormat(bits=4, group_size=32, symmetric=False, zero_point="float")
+    linear = nn.Linear(width, width, bias=False, device="cuda", dtype=torch.bfloat16)
+    blocks = [QuantLinear.from_linear(linear, format) for _ in range(layers)]
+    columns = width // 32 if by_offsets else width
+    pairs = [low_rank_factors(width, columns, rank) for _ in blocks]
+    merged = merged_offset_linear if by_offsets else merged_low_rank_linear
+    pairs = [tuple((t * 0.01).bfloat16().requires_grad_() for t in pair) for pair in pairs]
+    del linear
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        for block, (a, b) in zip(blocks, pairs, strict=True):
+            x = merged(x, block, a, b, 1.0)
+        return x
+
+    run = torch.compile(forward, fullgraph=True) if is_compiled else forward
+    x = torch.randn(tokens, width, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    run(x).sum().backward()  # compiles, and leaves gradients and what the libraries keep
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    y = run(x)
+    assert torch.cuda.memory_allocated() - before <= layers * 2 * 2 * tokens * width + 2**16
+    y.sum().backward()
+
+
+@pytest.mark.parametrize("format", [NF4Format(), FORMATS[5]], ids=["nf4", "int4"])
+def test_adding_a_low_rank_product_costs_less_than_twice_the_dequantization(format):
+    """It reads and writes as many bytes of memory; what it reads of A and B stays in the L2 cache."""
+    N, K, rank = 11008, 8192, 64
+    payload = random_payload(N, K, format)
+    a, b = (t.bfloat16() for t in low_rank_factors(N, K, rank))
+    plain_ms = median_ms(lambda: dequantize(payload, format, K, torch.bfloat16))
+    ms = median_ms(lambda: dequantize_low_rank(payload, a, b, 0.25, format, K, torch.bfloat16))
+    assert ms < 2 * plain_ms, f"{ms:.3f} ms, {plain_ms:.3f} ms"
 
 
 def median_ms(function) -> float:

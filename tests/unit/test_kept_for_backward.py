@@ -36,6 +36,8 @@ CONFIGS: dict[str, TransformConfig] = {
     "QLoRA int4": LoRAConfig(rank=RANK, base="int4", group_size=32),
     "QLoRA with DoRA": LoRAConfig(rank=RANK, base="nf4", use_dora=True),
     "QA-LoRA": QALoRAConfig(rank=RANK),
+    "QLoRA, merged forward": LoRAConfig(rank=RANK, base="nf4", merged_forward=True),
+    "QA-LoRA, merged forward": QALoRAConfig(rank=RANK, merged_forward=True),
     "LoRA in INT8": LoRAConfig(rank=RANK, base_compute="int8", emulate=True),
     "QLoRA in INT8": LoRAConfig(rank=RANK, base="nf4", base_compute="int8", emulate=True),
     "QA-LoRA in INT8": QALoRAConfig(rank=RANK, base_compute="int8", emulate=True),
@@ -119,7 +121,7 @@ def test_a_layer_that_dequantizes_in_plain_sight_is_noticed(compile, monkeypatch
     assert len(weight_sized(kept(model))) == 4
 
 
-@pytest.mark.parametrize("name", ["QLoRA", "QA-LoRA"])
+@pytest.mark.parametrize("name", ["QLoRA", "QA-LoRA", "QLoRA, merged forward", "QA-LoRA, merged forward"])
 def test_recomputing_pointwise_keeps_no_norm_and_no_product_of_the_gate(name):
     """Kept: the block's input, the residual, gate and up; of LoRA, beside these, nothing that is as wide."""
     normally, sparing = adapted(CONFIGS[name]), adapted(CONFIGS[name])
