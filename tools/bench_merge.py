@@ -17,7 +17,8 @@ the last --search-share of the training rows, which only the runs for the table 
 data is not looked at.
 
 tools/judge_merge.py measures every row in the same way. Every run is a process of its own, --jobs at a time
-on a GPU, so a failed one costs only itself, and no time in the JSON is a speed. The JSON has, for each number
+on a GPU, so a failed one costs only itself, and no time in the JSON is a speed; --resume keeps the finished
+runs that are in it, and makes the GPTQ bases anew. The JSON has, for each number
 of bits, what tools/bench_curves.py writes, with differences from QLoRA merged and quantized by GPTQ with the
 same seed; tools/plot_curves.py draws it.
 """
@@ -100,17 +101,17 @@ class Task:
 
 
 def methods(args: argparse.Namespace) -> list[Method]:
-    """What is compared; the order in which the runs of a seed start, those first that take longest."""
+    """What is compared; the order in which the runs start, the two of the claim first."""
     adapter = {"rank": args.rank, "alpha": args.alpha} | ({} if args.skip is None else {"skip": args.skip})
+    own = adapter | {"group_size": args.group_size}
     found = [Method("QLoRA", _transform(name="lora", base="nf4", **adapter))]
     for bits in args.bits:
-        own = adapter | {"group_size": args.group_size}
-        plain = _transform(name="lora", base=f"int{bits}", **own)
         pooled = _transform(name="qa_lora", bits=bits, quantizer="gptq", **own)
-        found += [
-            Method(f"LoRA over GPTQ W{bits}", plain, bits),
-            Method(f"QA-LoRA over GPTQ W{bits}", pooled, bits),
-        ]
+        found.append(Method(f"QA-LoRA over GPTQ W{bits}", pooled, bits))
+    for bits in args.bits:
+        found.append(
+            Method(f"LoRA over GPTQ W{bits}", _transform(name="lora", base=f"int{bits}", **own), bits)
+        )
     return found
 
 
@@ -140,9 +141,22 @@ def main(argv: list[str]) -> int:
                     f"{time.monotonic() - lab.began:4.0f} s  {task.kind} {task.name}: {said}", file=sys.stderr
                 )
                 document = assemble(args, _command(argv), lab.results)
-                write(args.output, json.loads(json.dumps(document).replace(folder, "WORK")))
+                write(args.output, json.loads(lab.shown(json.dumps(document))))
     print(report(document))
     return int(any("failed" in result for result in lab.results.values()))
+
+
+def finished_runs(output: Path) -> dict[str, dict[str, Any]]:
+    """What earlier runs found, by their commands, but for those that failed."""
+    if not output.exists():
+        return {}
+    document = json.loads(output.read_text())
+    return {
+        run["command"]: {"environment": document["environment"]}
+        | {key: value for key, value in run.items() if key not in ("kind", "title")}
+        for run in document["processes"]
+        if "command" in run and "failed" not in run
+    }
 
 
 def stages(args: argparse.Namespace, results: Mapping[Task, Mapping[str, Any]]) -> Iterator[list[Task]]:
@@ -153,10 +167,9 @@ def stages(args: argparse.Namespace, results: Mapping[Task, Mapping[str, Any]]) 
         return [Task("final", way.bits, way, seed, lr) for seed in args.seeds]
 
     if not args.search_steps:
-        unquantized = [task for way in ways if way.bits is None for task in final(way, args.lrs[0])]
-        yield [*(Task("base", bits) for bits in args.bits), *unquantized, Task("plain")]
-        ready = [way for way in ways if way.bits and "failed" not in results[Task("base", way.bits)]]
-        yield [task for way in ready for task in final(way, args.lrs[0])]
+        yield [*(Task("base", bits) for bits in args.bits), Task("plain")]
+        failed = {bits for bits in args.bits if "failed" in results[Task("base", bits)]}
+        yield [task for way in ways if way.bits not in failed for task in final(way, args.lrs[0])]
         return
     search = {
         way: [Task("search", way.bits, way, max(args.seeds) + 1, lr) for lr in args.lrs] for way in ways
@@ -193,10 +206,14 @@ class Lab:
         self.args, self.common, self.folder = args, common, folder
         self.processes, self.at_a_time = processes, at_a_time
         self.results: dict[Task, dict[str, Any]] = {}
+        self.finished = finished_runs(args.output) if args.resume else {}
         self.began = time.monotonic()
 
     def run(self, task: Task, device: str | None) -> dict[str, Any]:
         """Do a task; a curve and what belongs to it, or why it `failed`."""
+        job = None if task.method is None else self._job(task, task.method)
+        if job is not None and (earlier := self.finished.get(self.shown(job.command))) is not None:
+            return earlier
         if time.monotonic() - self.began > self.args.budget:
             return {
                 "failed": f"not started within {self.args.budget:.0f} s",
@@ -204,8 +221,8 @@ class Lab:
                 "lr": task.lr,
             }
         environment = environment_of_run(device, self.at_a_time)
-        if task.method is not None:
-            return self._train(task, task.method, environment)
+        if job is not None:
+            return self._train(task, job, environment)
         result: dict[str, Any] = {"bits": task.bits}
         try:
             if task.bits is None:
@@ -219,7 +236,11 @@ class Lab:
             return result | {"failed": f"{type(error).__name__}: {error}"}
         return result | {"rows": rows, "curve": [{"step": 0, METRIC: rows[0][METRIC]}]}
 
-    def _train(self, task: Task, method: Method, environment: Mapping[str, str]) -> dict[str, Any]:
+    def shown(self, text: str) -> str:
+        """`text` with another name for the temporary folder."""
+        return text.replace(str(self.folder), "WORK")
+
+    def _job(self, task: Task, method: Method) -> Job:
         args, own = self.args, [method.transform, f"optim.lr={task.lr}"]
         if method.bits is not None:
             own.append(f"model.quantized={self._base(method.bits)}")
@@ -229,17 +250,17 @@ class Lab:
         else:
             own += [f"steps={args.steps}", f"log.evaluate_every={max(1, args.steps // 6)}"]
         assert task.seed is not None, task
-        job = Job(method.title, task.seed, args.config, (*self.common, *own, f"seed={task.seed}"))
+        return Job(method.title, task.seed, args.config, (*self.common, *own, f"seed={task.seed}"))
 
+    def _train(self, task: Task, job: Job, environment: Mapping[str, str]) -> dict[str, Any]:
         def judge(run: Path) -> dict[str, Any]:
-            pooled = method.title.startswith("QA-LoRA")
-            return {
-                "rows": self._judge(str(run), [] if pooled else ["gptq", "rtn"], environment, method.bits)
-            }
+            again = [] if job.case.startswith("QA-LoRA") else ["gptq", "rtn"]
+            return {"rows": self._judge(str(run), again, environment, task.bits)}
 
         after = {} if task.kind == "search" else {"after": judge}
+        args = self.args
         found = run_job(job, self.folder, self.processes, environment, args.timeout, METRIC, **after)
-        return found | {"lr": task.lr, "bits": method.bits}
+        return found | {"lr": task.lr, "bits": task.bits}
 
     def _quantize(self, bits: int, environment: Mapping[str, str]) -> None:
         """The GPTQ base of these bits, by the command that a user has for it."""
@@ -459,6 +480,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--jobs", type=int, default=1, metavar="N", help="processes at a time on each GPU")
     add("--timeout", type=float, default=600, help="seconds for one process")
     add("--budget", type=float, default=3600, help="seconds after which no process starts (default: an hour)")
+    add("--resume", action="store_true", help="keep the finished runs of --output")
     add("--output", type=Path, default=DEFAULT_OUTPUT, help="default: %(default)s")
     return parser
 

@@ -52,6 +52,40 @@ def whole(bench, tmp_path_factory) -> tuple[dict, str]:
     return json.loads(output.read_text()), printed.getvalue()
 
 
+def test_resumed_it_keeps_the_runs_that_finished_and_makes_the_bases_anew(bench, whole, tmp_path):
+    """One run had failed; it alone is trained again, and the tables become those of the whole."""
+    document, _ = whole
+    output = tmp_path / "merge.json"
+    finals = [run for run in document["processes"] if run["kind"] == "final"]
+    cut = [run | {"failed": "lost"} if run is finals[0] else run for run in document["processes"]]
+    output.write_text(json.dumps(document | {"processes": cut}))
+    by_name = {run["title"]: run for run in document["processes"]}
+    asked: list[str] = []
+
+    class Lab(bench.Lab):
+        """Trains and quantizes nothing."""
+
+        def _train(self, task, job, environment):
+            asked.append(task.name)
+            return dict(by_name[task.name])
+
+        def _quantize(self, bits, environment):
+            asked.append(f"GPTQ W{bits}")
+
+        def _judge(self, model, again, environment, bits=None):
+            return by_name["GPTQ W3" if "base_w3" in model else "16-bit"]["rows"]
+
+    given = arguments(output)
+    folder = Path(finals[0]["command"].split("data.files=")[1].split('"')[1]).parent
+    output.write_text(output.read_text().replace(str(folder), str(tmp_path)))
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()):
+        patch.setattr(bench, "Lab", Lab)
+        assert bench.main([*given, "--resume"]) == 0
+    assert sorted(asked) == ["GPTQ W3", finals[0]["title"]]
+    again = json.loads(output.read_text())
+    assert again["tables"][0]["summary"] == document["tables"][0]["summary"]
+
+
 def arguments(output: Path) -> list[str]:
     """The attention of one layer of the story model, two steps, some conversations."""
     talk = (ROOT / "qrecipes/assets/smalltalk/conversations.jsonl").read_text().splitlines(keepends=True)
