@@ -68,23 +68,16 @@ def recomputing_backend(
     """A backend of torch.compile: `backend`, which the backward pass has compute again what is asked for.
 
     `pointwise`: results that it has to write to memory, because a product reads them. `forward`: all of the
-    forward pass; operators that the compiler fuses then round to bfloat16 as each does by itself. Otherwise a
-    value would be rounded where the forward pass stores it, and not where the backward pass computes it again
-    inside another kernel: gradients would be off by roundings, 7e-3 of their norm for LoRA in bfloat16.
+    forward pass.
     """
     if not pointwise and not forward:
         return backend
     sparing = {"ban_recompute_materialized_backward": False} if pointwise else {}
-    recomputing: dict[str, Any] = {}
-    if forward:
-        recomputing = {"joint_custom_post_pass": RecomputeForward(), "emulate_precision_casts": True}
-
-    # given to the compiler, too, since it may come to the backward pass's code after this returns
-    options = {"config_patches": recomputing} if backend == "inductor" else {}
+    passes = {"joint_custom_post_pass": RecomputeForward()} if forward else {}
 
     def compile_graph(graph: fx.GraphModule, inputs: list[Any]) -> Any:
-        with functorch_config.patch(sparing), inductor_config.patch(recomputing):
-            return lookup_backend(backend)(graph, inputs, **options)
+        with functorch_config.patch(sparing), inductor_config.patch(passes):
+            return lookup_backend(backend)(graph, inputs)
 
     return compile_graph
 

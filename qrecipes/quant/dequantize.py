@@ -33,10 +33,18 @@ def dequantize(payload: Payload, format: WeightFormat, in_features: int, dtype: 
 
 
 def dequantize_mm(
-    x_TK: Tensor, payload: Payload, format: WeightFormat, bias_N: Tensor | None = None
+    x_TK: Tensor,
+    payload: Payload,
+    format: WeightFormat,
+    bias_N: Tensor | None = None,
+    addend_TN: Tensor | None = None,
 ) -> Tensor:
-    """`x W^T + b`, [T, N], with the weight dequantized to the type of `x_TK`. It has no gradient."""
-    return torch.ops.qrecipes.dequantize_mm.default(x_TK, list(payload), format.key, bias_N)
+    """`x W^T + addend + b`, [T, N], with the weight dequantized to the type of `x_TK`. It has no gradient.
+
+    The addend is added to the product's own sums, which are rounded to that type afterwards, unless tokens
+    are so few that a fused kernel multiplies.
+    """
+    return torch.ops.qrecipes.dequantize_mm.default(x_TK, list(payload), format.key, bias_N, addend_TN)
 
 
 def dequantize_mm_grad_input(
@@ -58,10 +66,26 @@ def dequantize_reference(
 
 
 def dequantize_mm_reference(
-    x_TK: Tensor, payload: Payload, format: WeightFormat, bias_N: Tensor | None = None
+    x_TK: Tensor,
+    payload: Payload,
+    format: WeightFormat,
+    bias_N: Tensor | None = None,
+    addend_TN: Tensor | None = None,
 ) -> Tensor:
     """`dequantize_mm` in plain PyTorch."""
-    return linear(x_TK, dequantize_reference(payload, format, x_TK.shape[-1], x_TK.dtype), bias_N)
+    weight_NK = dequantize_reference(payload, format, x_TK.shape[-1], x_TK.dtype)
+    return linear_with_addend(x_TK, weight_NK, bias_N, addend_TN)
+
+
+def linear_with_addend(
+    x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None, addend_TN: Tensor | None
+) -> Tensor:
+    """`x W^T + addend + b`. The sum of product and addend is rounded once: a product that is rounded by
+    itself lies on the type's grid, where all that is less than half a unit in the last place is lost."""
+    if addend_TN is None:
+        return linear(x_TK, weight_NK, bias_N)
+    y_TN = torch.addmm(addend_TN, x_TK, weight_NK.t())
+    return y_TN if bias_N is None else y_TN + bias_N
 
 
 def dequantize_mm_grad_input_reference(
@@ -178,8 +202,14 @@ def _dequantize(payload: list[Tensor], key: str, in_features: int, dtype: torch.
     return dequantize_reference(tuple(payload), format_of_key(key), in_features, dtype)
 
 
-def _mm(x_TK: Tensor, payload: list[Tensor], key: str, bias_N: Tensor | None = None) -> Tensor:
-    return dequantize_mm_reference(x_TK, tuple(payload), format_of_key(key), bias_N)
+def _mm(
+    x_TK: Tensor,
+    payload: list[Tensor],
+    key: str,
+    bias_N: Tensor | None = None,
+    addend_TN: Tensor | None = None,
+) -> Tensor:
+    return dequantize_mm_reference(x_TK, tuple(payload), format_of_key(key), bias_N, addend_TN)
 
 
 def _mm_grad_input(dy_TN: Tensor, payload: list[Tensor], key: str, in_features: int) -> Tensor:
@@ -191,13 +221,20 @@ def _dequantize_cuda(payload: list[Tensor], key: str, in_features: int, dtype: t
     return dequantized(tuple(payload), format_of_key(key), in_features, dtype)
 
 
-def _mm_cuda(x_TK: Tensor, payload: list[Tensor], key: str, bias_N: Tensor | None = None) -> Tensor:
+def _mm_cuda(
+    x_TK: Tensor,
+    payload: list[Tensor],
+    key: str,
+    bias_N: Tensor | None = None,
+    addend_TN: Tensor | None = None,
+) -> Tensor:
     (T, K), N = x_TK.shape, payload[0].shape[0]
     if T > 0 and has_kernel(payload, x_TK.dtype):
         tiles = choose_tiles(T, N, K, x_TK.dtype, device_limits(x_TK.device))
         if tiles is not None:
-            return dequantize_mm_triton(x_TK, tuple(payload), format_of_key(key), bias_N, tiles)
-    return linear(x_TK, _dequantize_cuda(payload, key, K, x_TK.dtype), bias_N)
+            y_TN = dequantize_mm_triton(x_TK, tuple(payload), format_of_key(key), bias_N, tiles)
+            return y_TN if addend_TN is None else y_TN + addend_TN
+    return linear_with_addend(x_TK, _dequantize_cuda(payload, key, K, x_TK.dtype), bias_N, addend_TN)
 
 
 def _mm_grad_input_cuda(dy_TN: Tensor, payload: list[Tensor], key: str, in_features: int) -> Tensor:
@@ -214,7 +251,13 @@ def _dequantize_fake(payload: list[Tensor], key: str, in_features: int, dtype: t
     return payload[0].new_empty((payload[0].shape[0], in_features), dtype=dtype)
 
 
-def _mm_fake(x_TK: Tensor, payload: list[Tensor], key: str, bias_N: Tensor | None = None) -> Tensor:
+def _mm_fake(
+    x_TK: Tensor,
+    payload: list[Tensor],
+    key: str,
+    bias_N: Tensor | None = None,
+    addend_TN: Tensor | None = None,
+) -> Tensor:
     return x_TK.new_empty((x_TK.shape[0], payload[0].shape[0]))
 
 
@@ -231,7 +274,8 @@ for _schema, _implementation, _on_cuda, _fake in (
         _dequantize_fake,
     ),
     (
-        "dequantize_mm(Tensor x_TK, Tensor[] payload, str format, Tensor? bias_N=None) -> Tensor",
+        "dequantize_mm(Tensor x_TK, Tensor[] payload, str format, Tensor? bias_N=None, "
+        "Tensor? addend_TN=None) -> Tensor",
         _mm,
         _mm_cuda,
         _mm_fake,

@@ -37,12 +37,8 @@ class LowRankBlocks(NamedTuple):
     """Tiles that are loaded at once, at most."""
 
 
-# Reckoned for an H100, not measured. 4096 x 4096 of 4 bits take 3 us to read and 11 us to write at 3 TB/s. At
-# rank 64 a tile of 64 x 128 reads 24 KiB of A and B from the L2 cache: 50 MB in all, 9 us at 5.5 TB/s; its
-# products take 3 us on tensor cores. With eight warps triton 3.6 and 3.8 give a thread 80 to 108 registers,
-# and spill none: two or three programs a processor.
-BLOCKS = LowRankBlocks(64, 128, 8)
-"""See tools/bench_dequantize.py --low-rank."""
+BLOCKS = LowRankBlocks(64, 64, 8, num_stages=1)
+"""The best for NF4 at rank 64 on an H100 of those that tools/bench_dequantize.py --low-rank tries."""
 
 
 def launch_dequantize_low_rank(

@@ -99,15 +99,17 @@ class QuantInputLinear(QuantLinear):
         made.input_format = input_format
         return made
 
-    def forward(self, input: Tensor) -> Tensor:
-        """[..., K] -> [..., N], in `compute_dtype`; raises as `QuantLinear.forward`."""
+    def forward(self, input: Tensor, addend: Tensor | None = None) -> Tensor:
+        """[..., K] -> [..., N], in `compute_dtype`, raising as `QuantLinear.forward`; an addend is added to
+        what integer products give."""
         wanted = self.input_format
         if not wanted.integer:
-            return super().forward(fake_quantize(input, wanted.bits, symmetric=wanted.symmetric))
+            return super().forward(fake_quantize(input, wanted.bits, symmetric=wanted.symmetric), addend)
         self.check_types(input)
-        return _IntegerQuantLinear.apply(
+        y = _IntegerQuantLinear.apply(
             input, self.bias, wanted.bits, self.format, self.in_features, *self.payload
         )
+        return y if addend is None else y + addend
 
     def with_grid(self, grid: AffineGrid, format: AffineFormat) -> QuantLinear:
         """As of `QuantLinear`, with the same input."""

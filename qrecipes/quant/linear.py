@@ -176,14 +176,15 @@ class QuantLinear(nn.Module):
         """The weight [N, K], in `compute_dtype` or in `dtype`."""
         return dequantize(self.payload, self.format, self.in_features, dtype or self.compute_dtype)
 
-    def forward(self, input: Tensor) -> Tensor:
-        """[..., K] -> [..., N], in `compute_dtype`.
+    def forward(self, input: Tensor, addend: Tensor | None = None) -> Tensor:
+        """[..., K] -> [..., N], in `compute_dtype`; `addend` [..., N] is added before the product is rounded,
+        as `dequantize_mm` does it.
 
         Raises:
             ValueError: if the input is of another type, or something converted the payload.
         """
         self.check_types(input)
-        return _QuantLinear.apply(input, self.bias, self.format, self.in_features, *self.payload)
+        return _QuantLinear.apply(input, self.bias, addend, self.format, self.in_features, *self.payload)
 
     def check_types(self, input: Tensor) -> None:
         """Raise ValueError if the input is of another type than `compute_dtype`, or something converted the
@@ -273,20 +274,23 @@ def dequantized_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 
 class _QuantLinear(torch.autograd.Function):
-    """Y = X W^T + b and the gradients of X and b; keeps the payload of W, and neither X nor W."""
+    """Y = X W^T + addend + b and the gradients of X, b and the addend; keeps the payload of W, and neither X
+    nor W."""
 
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
         bias_N: Tensor | None,
+        addend: Tensor | None,
         format: WeightFormat,
         in_features: int,
         *payload: Tensor,
     ) -> Tensor:
         ctx.save_for_backward(*payload)
         ctx.format, ctx.shape = format, x.shape
-        y_TN = dequantize_mm(as_matrix(x), payload, format, bias_N)
+        addend_TN = None if addend is None else as_matrix(addend)
+        y_TN = dequantize_mm(as_matrix(x), payload, format, bias_N, addend_TN)
         return y_TN.reshape(*x.shape[:-1], y_TN.shape[-1])
 
     @staticmethod
@@ -297,7 +301,7 @@ class _QuantLinear(torch.autograd.Function):
                 "derivative; leave the layer out, or use layer.to_linear()"
             )
         payload = ctx.saved_tensors
-        needs_x, needs_bias, *rest = ctx.needs_input_grad
+        needs_x, needs_bias, needs_addend, *rest = ctx.needs_input_grad
         dy_TN = as_matrix(grad_y)
         grad_x = grad_bias_N = None
         if needs_x:
@@ -305,7 +309,7 @@ class _QuantLinear(torch.autograd.Function):
             grad_x = grad_x_TK.reshape(ctx.shape)
         if needs_bias:
             grad_bias_N = bias_gradient(dy_TN)
-        return grad_x, grad_bias_N, *[None] * len(rest)
+        return grad_x, grad_bias_N, grad_y if needs_addend else None, *[None] * len(rest)
 
 
 def moving_only(tensors: Iterable[Tensor], fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 from qrecipes.errors import ConfigError
 from qrecipes.quant.affine import with_offset
+from qrecipes.quant.dequantize import linear_with_addend
 from qrecipes.quant.formats import AffineFormat, WeightFormat
 from qrecipes.quant.frozen_int8 import frozen_int8_linear
 from qrecipes.quant.linear import QuantLinear, moving_only
+from qrecipes.quant.primitives import as_matrix
 from qrecipes.transforms.base import Adapter, Bounds, LinearTransform, MergeBounds, TransformConfig
 from qrecipes.transforms.int8_devices import check_int8_device
 
@@ -113,6 +115,22 @@ class AdaptedLinear(nn.Module):
         if not input.is_cuda:
             self.config.check_device(input.device)
         return frozen_int8_linear(input, self.base)
+
+    def base_output_with(self, input: Tensor, product: Tensor) -> Tensor:
+        """`base_output` plus an adapter's `product` [..., N], rounded once, where the base computes in the
+        model's type.
+
+        Of a base's output in bfloat16, which lies on the type's grid, a sum with a product of less than half
+        a unit in the last place gives the output again, and an adapter that starts at zero learns late.
+        Compiled, the sum goes unrounded into whatever reads it, which costs less.
+        """
+        if self.config.base_compute != "model" or torch.compiler.is_compiling():
+            return self.base_output(input) + product
+        if isinstance(self.base, QuantLinear):
+            return self.base(input, product)
+        weight, bias = self.base.weight, self.base.bias
+        y_TN = linear_with_addend(as_matrix(input), weight, bias, as_matrix(product))
+        return y_TN.reshape(product.shape)
 
     def base_weight(self, dtype: torch.dtype) -> Tensor:
         """The base's weight [N, K] in `dtype`."""

@@ -222,11 +222,11 @@ class LoRALinear(AdaptedLinear):
         if self.config.merged_forward:
             assert isinstance(self.base, QuantLinear), self.config
             return merged_low_rank_linear(input, self.base, self.lora_a, self.lora_b, self.scaling)
-        y = self.base_output(input)
         x = self.dropout(input)
         product = linear(linear(x, self.lora_a.to(x.dtype)) * self.scaling, self.lora_b.to(x.dtype))
         if self.magnitude is None:
-            return y + product
+            return self.base_output_with(input, product)
+        y = self.base_output(input)
         norms = self.row_norms()
         g = (self.magnitude.to(norms.dtype) / norms).to(y.dtype)
         unbiased = self._unbiased(y)

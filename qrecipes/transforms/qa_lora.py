@@ -173,10 +173,9 @@ class QALoRALinear(AdaptedLinear):
             return merged_offset_linear(
                 input, self.base, self.lora_a, self.lora_b, self.config.offset_scaling
             )
-        y = self.base_output(input)
         p = self.dropout(pooled_input(input, self.config.group_size, self.config.pool))
         hidden = linear(p, self.lora_a.to(p.dtype)) * self.config.scaling
-        return y + linear(hidden, self.lora_b.to(p.dtype))
+        return self.base_output_with(input, linear(hidden, self.lora_b.to(p.dtype)))
 
     @torch.no_grad()
     def offset_change(self) -> Tensor:
