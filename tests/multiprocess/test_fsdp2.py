@@ -30,6 +30,7 @@ EXTRA = [
     f"llm:{REPLACES_LAYERS}:checkpointing",
     *(f"{family}:{name}:plain" for name, families in variants().items() for family in families),
     f"llm:{REPLACES_LAYERS}:compile",
+    f"llm:{REPLACES_LAYERS}:in_graph",
     "llm::noreshard",
     "llm::chunked",
     f"llm:{REPLACES_LAYERS}:chunked",

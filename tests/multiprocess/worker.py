@@ -32,6 +32,7 @@ def variant(run, name: str):
         "plain": ({}, {}),
         "checkpointing": ({"checkpointing": "full"}, {}),
         "compile": ({"compile": True}, {}),
+        "in_graph": ({"compile": True, "checkpointing": "full", "recompute_in_graph": True}, {}),
         "noreshard": ({"reshard_after_forward": False}, {}),
         "chunked": ({}, {"loss": "chunked", "chunk_tokens": 24}),
         "adamw8bit": ({}, {}),
