@@ -6,7 +6,7 @@ tensor that a weight of N x K becomes, its payload. Payloads are tuples in the o
 
 from __future__ import annotations
 
-import json
+import ast
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from functools import lru_cache
@@ -58,7 +58,8 @@ class AffineFormat:
     offset_dtype: FloatName = "float32"
     """Type of the offsets of a float zero point. bfloat16 loses what a merged adapter adds."""
     key: str = field(init=False, repr=False, compare=False, default="")
-    """The JSON of this format as one string, which operators take."""
+    """This format as one string, which operators take; without double quotes, as Inductor's C++ wrapper puts
+    it between such."""
 
     kind: ClassVar[str] = "affine"
 
@@ -84,7 +85,7 @@ class AffineFormat:
         for name in ("scale_dtype", "offset_dtype"):
             if getattr(self, name) not in _FLOATS:
                 raise ValueError(f"{where}.{name}: {getattr(self, name)!r}; use one of {', '.join(_FLOATS)}")
-        object.__setattr__(self, "key", json.dumps(format_to_json(self)))
+        object.__setattr__(self, "key", repr(format_to_json(self)))
 
     @property
     def has_zero(self) -> bool:
@@ -147,7 +148,8 @@ class NF4Format:
     scale_block_size: int = 256
     """Magnitudes that share a float32 scale."""
     key: str = field(init=False, repr=False, compare=False, default="")
-    """The JSON of this format as one string, which operators take."""
+    """This format as one string, which operators take; without double quotes, as Inductor's C++ wrapper puts
+    it between such."""
 
     kind: ClassVar[str] = "nf4"
     bits: ClassVar[int] = 4
@@ -163,7 +165,7 @@ class NF4Format:
             raise ValueError(
                 f"NF4Format.scale_block_size: {self.scale_block_size!r} is not positive; QLoRA's is 256"
             )
-        object.__setattr__(self, "key", json.dumps(format_to_json(self)))
+        object.__setattr__(self, "key", repr(format_to_json(self)))
 
     def num_groups(self, in_features: int) -> int:
         """Blocks of a row."""
@@ -219,7 +221,7 @@ def format_from_json(described: Mapping[str, Any]) -> WeightFormat:
 @lru_cache(maxsize=256)
 def format_of_key(key: str) -> WeightFormat:
     """The format whose `key` this is."""
-    return format_from_json(json.loads(key))
+    return format_from_json(ast.literal_eval(key))
 
 
 def bits_per_weight(format: WeightFormat, out_features: int, in_features: int) -> float:

@@ -5,7 +5,7 @@ N output features (rows), K input features, G groups of a row, R rank; formulas 
 
 from __future__ import annotations
 
-import json
+import ast
 import math
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
@@ -39,7 +39,7 @@ class LowRankRounding:
     scaling: float = 1.0
     """Factor of A B: alpha / rank."""
     key: str = field(init=False, repr=False, compare=False, default="")
-    """The JSON of this rounding as one string, which operators take."""
+    """This rounding as one string, as formats have it."""
 
     def __post_init__(self) -> None:
         where = "LowRankRounding"
@@ -67,7 +67,7 @@ class LowRankRounding:
         if not math.isfinite(self.scaling):
             raise ValueError(f"{where}.scaling: {self.scaling}; alpha / rank is a finite number")
         fixed = {name: value for name, value in asdict(self).items() if name != "key"}
-        object.__setattr__(self, "key", json.dumps(fixed))
+        object.__setattr__(self, "key", repr(fixed))
 
     @property
     def levels(self) -> tuple[int, int]:
@@ -90,7 +90,7 @@ class LowRankRounding:
 @lru_cache(maxsize=4096)
 def rounding_of_key(key: str) -> LowRankRounding:
     """The rounding whose `key` this is."""
-    return LowRankRounding(**json.loads(key))
+    return LowRankRounding(**ast.literal_eval(key))
 
 
 def encode(levels_NK: Tensor, rounding: LowRankRounding) -> Tensor:

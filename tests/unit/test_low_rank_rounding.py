@@ -442,4 +442,5 @@ def test_a_rounding_survives_as_the_string_that_operators_take():
 
     weight = rounding(3, scaling=1 / 3, group_size=32, storage="int4")
     assert rounding_of_key(weight.key) == weight
+    assert '"' not in weight.key
     assert rounding_of_key(replace(weight, bits=2).key) != weight
