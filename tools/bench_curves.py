@@ -495,15 +495,16 @@ def environment_of_run(device: str | None, at_a_time: int) -> dict[str, str]:
     return shared | dict(os.environ) | ({} if device is None else {"CUDA_VISIBLE_DEVICES": device})
 
 
-def earlier(output: Path) -> dict[tuple[str, str], dict[str, Any]]:
-    """The results in an earlier JSON, by case and command, without those that failed."""
+def earlier(output: Path, lists: Sequence[str] = ("search", "runs")) -> dict[tuple[str, str], dict[str, Any]]:
+    """The results in `lists` of an earlier JSON, by case and command, without those that failed."""
     if not output.exists():
         return {}
     document = json.loads(output.read_text())
     return {
         (run["case"], run["command"]): {"environment": document["environment"]} | run
-        for run in (*document.get("search", ()), *document["runs"])
-        if "failed" not in run
+        for name in lists
+        for run in document.get(name, ())
+        if "command" in run and "failed" not in run
     }
 
 

@@ -40,6 +40,7 @@ from typing import Any, Literal
 from bench_curves import (
     Job,
     Processes,
+    earlier,
     environment_of_run,
     run_all,
     run_job,
@@ -146,19 +147,6 @@ def main(argv: list[str]) -> int:
     return int(any("failed" in result for result in lab.results.values()))
 
 
-def finished_runs(output: Path) -> dict[str, dict[str, Any]]:
-    """What earlier runs found, by their commands, but for those that failed."""
-    if not output.exists():
-        return {}
-    document = json.loads(output.read_text())
-    return {
-        run["command"]: {"environment": document["environment"]}
-        | {key: value for key, value in run.items() if key not in ("kind", "title")}
-        for run in document["processes"]
-        if "command" in run and "failed" not in run
-    }
-
-
 def stages(args: argparse.Namespace, results: Mapping[Task, Mapping[str, Any]]) -> Iterator[list[Task]]:
     """What can run at the same time; each stage needs `results` of those before."""
     ways = methods(args)
@@ -206,14 +194,14 @@ class Lab:
         self.args, self.common, self.folder = args, common, folder
         self.processes, self.at_a_time = processes, at_a_time
         self.results: dict[Task, dict[str, Any]] = {}
-        self.finished = finished_runs(args.output) if args.resume else {}
+        self.finished = earlier(args.output, ["processes"]) if args.resume else {}
         self.began = time.monotonic()
 
     def run(self, task: Task, device: str | None) -> dict[str, Any]:
         """Do a task; a curve and what belongs to it, or why it `failed`."""
         job = None if task.method is None else self._job(task, task.method)
-        if job is not None and (earlier := self.finished.get(self.shown(job.command))) is not None:
-            return earlier
+        if job is not None and (found := self.finished.get((job.case, self.shown(job.command)))) is not None:
+            return found
         if time.monotonic() - self.began > self.args.budget:
             return {
                 "failed": f"not started within {self.args.budget:.0f} s",

@@ -18,6 +18,7 @@ from qrecipes.quant.dequantize_tiles import Tiles, VectorTiles, choose_tiles
 from qrecipes.quant.device import HAS_TRITON, LEAST_CAPABILITY, device_limits, on_device_of
 from qrecipes.quant.formats import AffineFormat, NF4Format, Payload, WeightFormat, format_of_key
 from qrecipes.quant.nf4 import dequantize_nf4, double_dequantize, double_quantize, quantize_nf4
+from qrecipes.quant.operators import define_operator
 from qrecipes.quant.packing import pack, signed_range, unpack
 
 if HAS_TRITON:
@@ -265,30 +266,22 @@ def _mm_grad_input_fake(dy_TN: Tensor, payload: list[Tensor], key: str, in_featu
     return dy_TN.new_empty((dy_TN.shape[0], in_features))
 
 
-_library = torch.library.Library("qrecipes", "FRAGMENT")
-for _schema, _implementation, _on_cuda, _fake in (
-    (
-        "dequantize(Tensor[] payload, str format, SymInt in_features, ScalarType dtype) -> Tensor",
-        _dequantize,
-        _dequantize_cuda,
-        _dequantize_fake,
-    ),
-    (
-        "dequantize_mm(Tensor x_TK, Tensor[] payload, str format, Tensor? bias_N=None, "
-        "Tensor? addend_TN=None) -> Tensor",
-        _mm,
-        _mm_cuda,
-        _mm_fake,
-    ),
-    (
-        "dequantize_mm_grad_input(Tensor dy_TN, Tensor[] payload, str format, SymInt in_features) -> Tensor",
-        _mm_grad_input,
-        _mm_grad_input_cuda,
-        _mm_grad_input_fake,
-    ),
-):
-    _name = _schema.partition("(")[0]
-    _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl(_name, _implementation, "CompositeExplicitAutograd")
-    _library.impl(_name, _on_cuda, "CUDA")
-    torch.library.register_fake(f"qrecipes::{_name}", _fake, lib=_library)
+define_operator(
+    "dequantize(Tensor[] payload, str format, SymInt in_features, ScalarType dtype) -> Tensor",
+    _dequantize_fake,
+    CompositeExplicitAutograd=_dequantize,
+    CUDA=_dequantize_cuda,
+)
+define_operator(
+    "dequantize_mm(Tensor x_TK, Tensor[] payload, str format, Tensor? bias_N=None, "
+    "Tensor? addend_TN=None) -> Tensor",
+    _mm_fake,
+    CompositeExplicitAutograd=_mm,
+    CUDA=_mm_cuda,
+)
+define_operator(
+    "dequantize_mm_grad_input(Tensor dy_TN, Tensor[] payload, str format, SymInt in_features) -> Tensor",
+    _mm_grad_input_fake,
+    CompositeExplicitAutograd=_mm_grad_input,
+    CUDA=_mm_grad_input_cuda,
+)

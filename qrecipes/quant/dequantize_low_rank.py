@@ -17,6 +17,7 @@ from torch.nn.functional import linear
 from qrecipes.quant.dequantize import dequantize_reference, has_kernel
 from qrecipes.quant.device import HAS_TRITON, on_device_of
 from qrecipes.quant.formats import Payload, WeightFormat, format_of_key
+from qrecipes.quant.operators import define_operator
 
 if HAS_TRITON:
     from qrecipes.quant import dequantize_low_rank_kernels as kernels
@@ -194,26 +195,19 @@ def _mm_grad_input_fake(
 
 
 _OPERANDS = "Tensor[] payload, Tensor a_RK, Tensor b_NR, float scaling, str format"
-_library = torch.library.Library("qrecipes", "FRAGMENT")
-for _schema, _implementation, _fake in (
-    (
-        f"dequantize_low_rank({_OPERANDS}, SymInt in_features, ScalarType dtype) -> Tensor",
-        _dequantize,
-        _dequantize_fake,
-    ),
-    (
-        f"dequantize_low_rank_mm(Tensor x_TK, {_OPERANDS}, Tensor? bias_N=None) -> Tensor",
-        _mm,
-        _mm_fake,
-    ),
-    (
-        f"dequantize_low_rank_mm_grad_input(Tensor dy_TN, {_OPERANDS}, SymInt in_features) -> Tensor",
-        _mm_grad_input,
-        _mm_grad_input_fake,
-    ),
-):
-    _name = _schema.partition("(")[0]
-    _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl(_name, _implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"qrecipes::{_name}", _fake, lib=_library)
-_library.impl("dequantize_low_rank", _dequantize_cuda, "CUDA")
+define_operator(
+    f"dequantize_low_rank({_OPERANDS}, SymInt in_features, ScalarType dtype) -> Tensor",
+    _dequantize_fake,
+    CompositeExplicitAutograd=_dequantize,
+    CUDA=_dequantize_cuda,
+)
+define_operator(
+    f"dequantize_low_rank_mm(Tensor x_TK, {_OPERANDS}, Tensor? bias_N=None) -> Tensor",
+    _mm_fake,
+    CompositeExplicitAutograd=_mm,
+)
+define_operator(
+    f"dequantize_low_rank_mm_grad_input(Tensor dy_TN, {_OPERANDS}, SymInt in_features) -> Tensor",
+    _mm_grad_input_fake,
+    CompositeExplicitAutograd=_mm_grad_input,
+)

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from qrecipes.quant.formats import Payload
 from qrecipes.quant.int8_quantize import quantize_rows
 from qrecipes.quant.linear import QuantLinear
+from qrecipes.quant.operators import define_operator
 from qrecipes.quant.primitives import as_matrix, bias_gradient
 
 _PLAIN = ""
@@ -129,22 +130,15 @@ def _mm_grad_input_fake(
     return q_TN.new_empty((q_TN.shape[0], in_features), dtype=dtype)
 
 
-_library = torch.library.Library("qrecipes", "FRAGMENT")
-for _schema, _implementation, _fake in (
-    (
-        "frozen_int8_mm(Tensor q_TK, Tensor scale_T1, Tensor[] payload, str format, ScalarType dtype, "
-        "Tensor? bias_N=None) -> Tensor",
-        _mm,
-        _mm_fake,
-    ),
-    (
-        "frozen_int8_mm_grad_input(Tensor q_TN, Tensor scale_T1, Tensor[] payload, str format, "
-        "SymInt in_features, ScalarType dtype) -> Tensor",
-        _mm_grad_input,
-        _mm_grad_input_fake,
-    ),
-):
-    _name = _schema.partition("(")[0]
-    _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl(_name, _implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"qrecipes::{_name}", _fake, lib=_library)
+define_operator(
+    "frozen_int8_mm(Tensor q_TK, Tensor scale_T1, Tensor[] payload, str format, ScalarType dtype, "
+    "Tensor? bias_N=None) -> Tensor",
+    _mm_fake,
+    CompositeExplicitAutograd=_mm,
+)
+define_operator(
+    "frozen_int8_mm_grad_input(Tensor q_TN, Tensor scale_T1, Tensor[] payload, str format, "
+    "SymInt in_features, ScalarType dtype) -> Tensor",
+    _mm_grad_input_fake,
+    CompositeExplicitAutograd=_mm_grad_input,
+)

@@ -31,6 +31,7 @@ from qrecipes.quant.int8_tiles import (
     choose_tma_tiles,
     fits_tma,
 )
+from qrecipes.quant.operators import define_operator
 
 __all__ = [
     "GROUP_M",
@@ -467,23 +468,17 @@ def _launch(
     return out_MN
 
 
-# Operators by torch.library.Library: those of torch.library.custom_op take 11 to 18 microseconds a call,
-# these 4 to 7 (torch 2.14.1), and a training step makes hundreds of calls. They have no gradient: callers
-# that need one wrap them in a torch.autograd.Function.
-_library = torch.library.Library("qrecipes", "FRAGMENT")
-_library.define(
+define_operator(
     "scaled_int8_mm(Tensor a_MK, Tensor b_KN, Tensor row_scale_M1, Tensor col_scale_1N, "
     "ScalarType out_dtype, Tensor? bias_N=None) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
+    _scaled_int8_mm_fake,
+    CPU=_scaled_int8_mm_in_torch,
+    CUDA=_scaled_int8_mm_cuda,
 )
-_library.impl("scaled_int8_mm", _scaled_int8_mm_in_torch, "CPU")
-_library.impl("scaled_int8_mm", _scaled_int8_mm_cuda, "CUDA")
-torch.library.register_fake("qrecipes::scaled_int8_mm", _scaled_int8_mm_fake, lib=_library)
-_library.define(
+define_operator(
     "tile_scaled_int8_mm(Tensor a_MK, Tensor b_KN, Tensor a_scale, Tensor b_scale, "
     "ScalarType out_dtype) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
+    _tile_scaled_fake,
+    CPU=_tile_scaled_in_torch,
+    CUDA=_tile_scaled_on_cuda,
 )
-_library.impl("tile_scaled_int8_mm", _tile_scaled_in_torch, "CPU")
-_library.impl("tile_scaled_int8_mm", _tile_scaled_on_cuda, "CUDA")
-torch.library.register_fake("qrecipes::tile_scaled_int8_mm", _tile_scaled_fake, lib=_library)

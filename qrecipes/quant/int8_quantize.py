@@ -18,6 +18,7 @@ from qrecipes.quant.device import (
     on_device_of,
     require_triton,
 )
+from qrecipes.quant.operators import define_operator
 from qrecipes.quant.primitives import quantize_int8
 
 if HAS_TRITON:
@@ -143,14 +144,15 @@ def _columns_on_cuda(x_MK: Tensor, seed: Tensor | None = None) -> tuple[Tensor, 
     return (quantize_columns_triton if has_int8_tensor_cores(x_MK.device) else _columns_in_torch)(x_MK, seed)
 
 
-_library = torch.library.Library("qrecipes", "FRAGMENT")
-for _name, _in_torch, _on_cuda, _fake in (
-    ("quantize_rows", _rows_in_torch, _rows_on_cuda, _rows_fake),
-    ("quantize_columns", _columns_in_torch, _columns_on_cuda, _columns_fake),
-):
-    _library.define(
-        f"{_name}(Tensor x_MK, Tensor? seed=None) -> (Tensor, Tensor)", tags=(torch.Tag.pt2_compliant_tag,)
-    )
-    _library.impl(_name, _in_torch, "CPU")
-    _library.impl(_name, _on_cuda, "CUDA")
-    torch.library.register_fake(f"qrecipes::{_name}", _fake, lib=_library)
+define_operator(
+    "quantize_rows(Tensor x_MK, Tensor? seed=None) -> (Tensor, Tensor)",
+    _rows_fake,
+    CPU=_rows_in_torch,
+    CUDA=_rows_on_cuda,
+)
+define_operator(
+    "quantize_columns(Tensor x_MK, Tensor? seed=None) -> (Tensor, Tensor)",
+    _columns_fake,
+    CPU=_columns_in_torch,
+    CUDA=_columns_on_cuda,
+)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from qrecipes.quant.formats import AffineFormat, Payload, WeightFormat
+from qrecipes.quant.operators import define_operator
 
 
 def low_rank_offset_mm(
@@ -123,22 +124,15 @@ def _mm_grad_input_fake(
     return dy_TN.new_empty((dy_TN.shape[0], in_features))
 
 
-_library = torch.library.Library("qrecipes", "FRAGMENT")
-for _schema, _implementation, _fake in (
-    (
-        "low_rank_offset_mm(Tensor x_TK, Tensor[] payload, Tensor a_RG, Tensor b_NR, float scaling, "
-        "str format, Tensor? bias_N=None) -> Tensor",
-        _mm,
-        _mm_fake,
-    ),
-    (
-        "low_rank_offset_mm_grad_input(Tensor dy_TN, Tensor[] payload, Tensor a_RG, Tensor b_NR, "
-        "float scaling, str format, SymInt in_features) -> Tensor",
-        _mm_grad_input,
-        _mm_grad_input_fake,
-    ),
-):
-    _name = _schema.partition("(")[0]
-    _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl(_name, _implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"qrecipes::{_name}", _fake, lib=_library)
+define_operator(
+    "low_rank_offset_mm(Tensor x_TK, Tensor[] payload, Tensor a_RG, Tensor b_NR, float scaling, "
+    "str format, Tensor? bias_N=None) -> Tensor",
+    _mm_fake,
+    CompositeExplicitAutograd=_mm,
+)
+define_operator(
+    "low_rank_offset_mm_grad_input(Tensor dy_TN, Tensor[] payload, Tensor a_RG, Tensor b_NR, "
+    "float scaling, str format, SymInt in_features) -> Tensor",
+    _mm_grad_input_fake,
+    CompositeExplicitAutograd=_mm_grad_input,
+)

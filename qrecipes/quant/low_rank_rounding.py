@@ -46,6 +46,7 @@ from qrecipes.quant.low_rank_reference import (
     low_rank_weight_reference,
 )
 from qrecipes.quant.low_rank_storage import LowRankRounding, check_parts, rounding_of_key
+from qrecipes.quant.operators import define_operator
 
 if HAS_TRITON:
     from qrecipes.quant import low_rank_kernels as kernels
@@ -399,7 +400,6 @@ _REFERENCE = _Functions(
     low_rank_weight_reference, low_rank_integers_reference, low_rank_weight_grads_reference
 )
 _ON_CUDA = _Functions(_weight_on_cuda, _integers_on_cuda, _weight_grads_on_cuda)
-_library = torch.library.Library("qrecipes", "FRAGMENT")
 _WEIGHT = "Tensor phi, Tensor? a_NR, Tensor? b_RK"
 _GRID = "Tensor scale_NG, Tensor? zero_NG"
 _GRADS = "(Tensor, Tensor, Tensor, Tensor)"
@@ -431,8 +431,9 @@ for _schema, _implementation, _fake in (
         _linear_grads_fake,
     ),
 ):
-    _name = _schema.partition("(")[0]
-    _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl(_name, partial(_implementation, _REFERENCE), "CompositeExplicitAutograd")
-    _library.impl(_name, partial(_implementation, _ON_CUDA), "CUDA")
-    torch.library.register_fake(f"qrecipes::{_name}", _fake, lib=_library)
+    define_operator(
+        _schema,
+        _fake,
+        CompositeExplicitAutograd=partial(_implementation, _REFERENCE),
+        CUDA=partial(_implementation, _ON_CUDA),
+    )
