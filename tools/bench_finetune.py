@@ -1,9 +1,10 @@
 """Fine-tuning steps of a 7B model through adapters, ours, peft's with bitsandbytes and torchtune's, and of
 quantization-aware training, in one run.
 
-    tools/bench_finetune.py [--shapes 7b] [--cases NAME ...] [--layers N] [--output FILE.json] [--profile]
+    tools/bench_finetune.py [--shapes 7b ...] [--cases NAME ...] [--layers N] [--output FILE.json] [--profile]
 
-`7b` is Llama 2 7B's shape, all 32 layers, with 4 x 1024 tokens; `tiny` shows on a CPU that the tool works.
+`7b` is Llama 2 7B's shape, all 32 layers, with 4 x 1024 tokens, `7b-long` the same with 8 x 2048; `tiny`
+shows on a CPU that the tool works.
 Weights and tokens are random; adapters have rank 64 and alpha 16 on every linear layer of the blocks, LR-QAT
 rank 32. Each case is a process of its own. Cases have suffixes: `, checkpointing` recomputes every block,
 `, checkpointing in the graph` has the compiler do so (parallel.recompute_in_graph), `, pointwise` recomputes
@@ -25,7 +26,6 @@ from __future__ import annotations
 import argparse
 import gc
 import itertools
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -35,7 +35,7 @@ from typing import Any
 
 import torch
 from finetune_peers import STD, Adapters, LlamaShape, peft_step, torchtune_step
-from step_timing import Step, gigabytes, in_own_process, random_tokens, report, timed_steps
+from step_timing import Step, each_in_own_process, gigabytes, random_tokens, report, timed_steps
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -43,7 +43,6 @@ from qrecipes.config.run import ModelSection, OptimSection, ParallelSection, Tas
 from qrecipes.models.build import build
 from qrecipes.parallel.apply import parallelize
 from qrecipes.parallel.process import Process, pick_device
-from qrecipes.training.metrics import environment
 from qrecipes.training.optim import OPTIMIZERS, build_optimizer
 from qrecipes.training.step import train_step
 from qrecipes.training.task import Task
@@ -53,9 +52,10 @@ from qrecipes.transforms.chain import Chain
 
 SHAPES = {
     "7b": LlamaShape(32, 4096, 11008, 32, 32_000, 4, 1024),
+    "7b-long": LlamaShape(32, 4096, 11008, 32, 32_000, 8, 2048),
     "tiny": LlamaShape(2, 128, 384, 4, 500, 2, 32),
 }
-ADAPTERS = {"7b": Adapters(64, 16.0), "tiny": Adapters(8, 16.0)}
+ADAPTERS = {"7b": Adapters(64, 16.0), "7b-long": Adapters(64, 16.0), "tiny": Adapters(8, 16.0)}
 CHECKPOINTING, IN_GRAPH, POINTWISE = ", checkpointing", ", checkpointing in the graph", ", pointwise"
 INT8 = {"base_compute": "int8"}
 MERGED = {"merged_forward": True}
@@ -126,18 +126,12 @@ def main() -> int:
     if args.worker:
         report(measure(args))
         return 0
-    results = []
-    for shape in args.shapes:
-        for case in args.cases:
-            found = in_own_process(__file__, worker_arguments(args, shape, case), args.timeout)
-            results.append({"shape": shape, "case": case} | found)
-            print(table(results[-1:]).splitlines()[-1], flush=True)
-            if args.output:
-                process = Process(0, 1, pick_device("auto"), None)
-                written = {"results": results, "environment": environment(process)}
-                args.output.write_text(json.dumps(written, indent=1) + "\n")
-    print(table(results))
-    return int(any("failed" in result for result in results))
+    cases = [
+        ({"shape": shape, "case": case}, worker_arguments(args, shape, case))
+        for shape in args.shapes
+        for case in args.cases
+    ]
+    return each_in_own_process(__file__, cases, args.timeout, table, args.output)
 
 
 def arguments() -> argparse.Namespace:
@@ -282,16 +276,16 @@ def random_model(shape: LlamaShape, device: torch.device) -> nn.Module:
 def table(results: list[dict[str, Any]]) -> str:
     """Speed, memory and compilations of every case."""
     lines = [
-        f"{'shape':6}{'case':36}{'step ms':>9}{'tok/s':>9}{'before GB':>11}{'peak GB':>9}{'GiB':>7}"
+        f"{'shape':8}{'case':50}{'step ms':>9}{'tok/s':>9}{'before GB':>11}{'peak GB':>9}{'GiB':>7}"
         f"{'graphs':>8}{'later':>7}{'build s':>9}"
     ]
     for r in results:
         if "failed" in r:
-            lines.append(f"{r['shape']:6}{r['case']:36} failed: {r['failed'].strip().splitlines()[-1][:120]}")
+            lines.append(f"{r['shape']:8}{r['case']:50} failed: {r['failed'].strip().splitlines()[-1][:120]}")
             continue
         before, peak = (r[key] or float("nan") for key in ("memory_before_gb", "peak_memory_gb"))
         lines.append(
-            f"{r['shape']:6}{r['case']:36}{r['step_ms']:9.2f}{r['per_s']:9,.0f}{before:11.2f}{peak:9.2f}"
+            f"{r['shape']:8}{r['case']:50}{r['step_ms']:9.2f}{r['per_s']:9,.0f}{before:11.2f}{peak:9.2f}"
             f"{peak * 1e9 / 2**30:7.2f}{r['graphs']:8}{r['graphs_after_step_3']:7}"
             f"{r['build']['seconds']:9.1f}"
         )

@@ -17,7 +17,6 @@ are listed, and how long the GPU had nothing to do.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -26,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from step_timing import in_own_process, random_tokens, report, timed_steps
+from step_timing import each_in_own_process, in_own_process, random_tokens, report, timed_steps
 from torch import Tensor, nn
 
 from qrecipes.config.run import ModelSection, OptimSection, ParallelSection, TaskSection
@@ -35,7 +34,6 @@ from qrecipes.models.build import build
 from qrecipes.models.view import ModelView
 from qrecipes.parallel.apply import parallelize
 from qrecipes.parallel.process import Process, pick_device
-from qrecipes.training.metrics import environment
 from qrecipes.training.optim import build_optimizer
 from qrecipes.training.optimizer_verbs import norms_of_taken, taking_gradients
 from qrecipes.training.task import Task
@@ -83,8 +81,9 @@ def ours(name: str, **settings: Any) -> Change:
 
     def change(model: nn.Module) -> nn.Module:
         config: Any = REGISTRY[name].Config(**settings)
-        if ModelView.of(model).width < 1024 and hasattr(config, "min_size"):  # the tiny shape
-            config = replace(config, min_size=0, min_size_grad_weight=0, emulate=True)
+        if ModelView.of(model).width < 1024:  # the tiny shape
+            tiny = {"min_size": 0, "min_size_grad_weight": 0, "emulate": True}
+            config = replace(config, **{key: value for key, value in tiny.items() if hasattr(config, key)})
         return Chain.from_configs([config]).swap(model)
 
     return change
@@ -178,25 +177,24 @@ def main() -> int:
         report(measure(args.shapes[0], args.cases[0], args.steps, args.profile))
         return 0
     chosen = [(shape, case) for shape in args.shapes for case in args.cases]
+
+    def compile_case(pair: tuple[str, str]) -> None:
+        in_own_process(__file__, worker_arguments(*pair, 0), args.timeout)
+
     if args.prepare:
         with ThreadPoolExecutor(args.prepare) as pool:
-            list(pool.map(lambda pair: in_own_process(*worker(pair[0], pair[1], 0), args.timeout), chosen))
-    results = []
-    for shape, case in chosen:
-        found = in_own_process(*worker(shape, case, args.steps, args.profile), args.timeout)
-        results.append({"shape": shape, "case": case} | found)
-        if args.output:
-            process = Process(0, 1, pick_device("auto"), None)
-            written = {"results": results, "environment": environment(process)}
-            args.output.write_text(json.dumps(written, indent=1) + "\n")
-    print(table(results))
-    return int(any("failed" in result for result in results))
+            list(pool.map(compile_case, chosen))
+    cases = [
+        ({"shape": shape, "case": case}, worker_arguments(shape, case, args.steps, args.profile))
+        for shape, case in chosen
+    ]
+    return each_in_own_process(__file__, cases, args.timeout, table, args.output)
 
 
-def worker(shape: str, case: str, steps: int, profile: bool = False) -> tuple[str, list[str]]:
-    """This script, and the arguments with which it measures one case."""
+def worker_arguments(shape: str, case: str, steps: int, profile: bool = False) -> list[str]:
+    """The arguments with which this script measures one case."""
     arguments = ["--shapes", shape, "--cases", case, "--steps", str(steps)]
-    return __file__, [*arguments, *(["--profile"] if profile else [])]
+    return [*arguments, *(["--profile"] if profile else [])]
 
 
 def measure(shape: str, case: str, steps: int, profile: bool) -> dict[str, Any]:

@@ -34,7 +34,7 @@ def test_a_case_is_built_and_stepped(tmp_path):
     assert found["layers"] == 1
     assert found["per_s"] == pytest.approx(2 * 32 / (found["step_ms"] / 1e3), rel=0.01)  # printed rounded
     assert found["last_loss"] < found["first_loss"]
-    assert done.stdout.splitlines()[-1].startswith("tiny  QLoRA INT8")
+    assert done.stdout.splitlines()[-1].startswith("tiny    QLoRA INT8")
 
 
 def test_steps_are_timed_after_the_warmup(timing):
