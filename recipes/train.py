@@ -33,6 +33,7 @@ from qrecipes.training.metrics import Log, environment, training_flops
 from qrecipes.training.optim import build_optimizer, lr_ratio, set_lr
 from qrecipes.training.optimizer_verbs import evaluation_weights
 from qrecipes.training.output import prepare_output, write_identity
+from qrecipes.training.passes import passes_for
 from qrecipes.training.seed import seed_building, seed_running
 from qrecipes.training.step import train_step
 from qrecipes.training.task import Task
@@ -97,6 +98,7 @@ def train(run: Run, process: Process) -> int:
     model = parallelize(model, run.parallel, process, chain)
     model.to(process.device)
     optimizer = build_optimizer(chain.param_groups(model), run.optim)
+    passes = passes_for(run.parallel, process, optimizer)
     seed_running(run.seed, process.rank)
 
     first_step = 0
@@ -141,7 +143,7 @@ def train(run: Run, process: Process) -> int:
                 set_lr(optimizer, lr)
                 batches = [data.next_batch() for _ in range(run.optim.accumulate)]
                 report = train_step(
-                    model, optimizer, chain, batches, task, step, run.optim.clip_norm, process
+                    model, optimizer, chain, batches, task, step, run.optim.clip_norm, process, passes
                 )
                 done = step + 1
                 log.step(done, lr, report)

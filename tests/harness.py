@@ -24,6 +24,7 @@ from qrecipes.models.build import build
 from qrecipes.parallel.apply import parallelize
 from qrecipes.parallel.process import Process
 from qrecipes.training.optim import build_optimizer, lr_ratio, set_lr
+from qrecipes.training.passes import Passes, passes_for
 from qrecipes.training.seed import seed_building, seed_running
 from qrecipes.training.step import train_step
 from qrecipes.training.task import Task
@@ -99,6 +100,7 @@ class Trial:
     optimizer: Optimizer
     data: TrainingData
     task: Task
+    passes: Passes
     done: int = 0
 
     @classmethod
@@ -116,7 +118,8 @@ class Trial:
         model = parallelize(model, run.parallel, process, chain).to(process.device)
         optimizer = build_optimizer(chain.param_groups(model), run.optim)
         seed_running(run.seed, process.rank)
-        return cls(run, process, chain, model.train(), optimizer, data, task)
+        passes = passes_for(run.parallel, process, optimizer)
+        return cls(run, process, chain, model.train(), optimizer, data, task, passes)
 
     def advance(self, steps: int) -> list[tuple[float, float]]:
         """Loss and gradient norm of the next `steps` optimizer steps."""
@@ -133,6 +136,7 @@ class Trial:
                 step,
                 self.run.optim.clip_norm,
                 self.process,
+                self.passes,
             )
             found.append((float(report.loss), float(report.grad_norm)))
         self.done += steps

@@ -17,7 +17,7 @@ transform, layer by layer, then compiled blocks; loss and optimizer as the optio
 `build` in the JSON is how long that takes, and its peak memory. Peers are described in finetune_peers.py.
 
 Medians of the steps after the warm-up. `before` is what the CUDA allocator holds before the first step,
-`peak` its peak in the measured steps, in 10**9 bytes, and once more in 2**30. `graphs` counts what Dynamo
+`peak` its peak from the third step on, in 10**9 bytes, and once more in 2**30. `graphs` counts what Dynamo
 compiled, and of these what it compiled after the third step.
 """
 
@@ -44,6 +44,7 @@ from qrecipes.models.build import build
 from qrecipes.parallel.apply import parallelize
 from qrecipes.parallel.process import Process, pick_device
 from qrecipes.training.optim import OPTIMIZERS, build_optimizer
+from qrecipes.training.passes import passes_for
 from qrecipes.training.step import train_step
 from qrecipes.training.task import Task
 from qrecipes.transforms import REGISTRY
@@ -146,6 +147,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--adapter-dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--loss", choices=("plain", "chunked", "liger"), default="chunked")
     parser.add_argument("--eager", action="store_true", help="do not compile our cases")
+    parser.add_argument("--cuda-graphs", action="store_true", help="of our cases: parallel.cuda_graphs")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--timeout", type=float, default=300, help="seconds for one case")
@@ -158,7 +160,8 @@ def worker_arguments(args: argparse.Namespace, shape: str, case: str) -> list[st
     passed = ["--shapes", shape, "--cases", case, "--steps", str(args.steps), "--optimizer", args.optimizer]
     passed += ["--adapter-dtype", args.adapter_dtype, "--loss", args.loss]
     passed += ["--layers", str(args.layers)] if args.layers else []
-    return [*passed, *(["--eager"] if args.eager else []), *(["--profile"] if args.profile else [])]
+    flags = {"--eager": args.eager, "--cuda-graphs": args.cuda_graphs, "--profile": args.profile}
+    return [*passed, *(flag for flag, is_set in flags.items() if is_set)]
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
@@ -176,6 +179,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             checkpointing="full" if checkpointing else "none",
             recompute_pointwise=case.endswith(POINTWISE),
             recompute_in_graph=case.endswith(IN_GRAPH),
+            cuda_graphs=args.cuda_graphs,
         )
         options = Options(args.optimizer, args.adapter_dtype, args.loss, parallel)
         settings = asdict(options)
@@ -242,13 +246,15 @@ def our_training(
     optimizer = build_optimizer(chain.param_groups(model), optim)
     learnt: Any = TaskSection
     task = Task(learnt(loss=options.loss), compile=options.parallel.compile)
+    passes = passes_for(options.parallel, process, optimizer)
     batch = random_tokens(shape.rows, shape.length, shape.vocabulary)
 
     numbers = itertools.count()
 
     def step() -> Tensor:
         number = next(numbers)  # what a method does at some steps only costs as much as in a run
-        return train_step(model, optimizer, chain, [batch], task, number, optim.clip_norm, process).loss
+        clip_norm = optim.clip_norm
+        return train_step(model, optimizer, chain, [batch], task, number, clip_norm, process, passes).loss
 
     return Training(section, config, model, optim, optimizer, process, step, built)
 

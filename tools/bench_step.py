@@ -36,6 +36,7 @@ from qrecipes.parallel.apply import parallelize
 from qrecipes.parallel.process import Process, pick_device
 from qrecipes.training.optim import build_optimizer
 from qrecipes.training.optimizer_verbs import norms_of_taken, taking_gradients
+from qrecipes.training.passes import passes_for
 from qrecipes.training.task import Task
 from qrecipes.transforms import REGISTRY
 from qrecipes.transforms.chain import Chain
@@ -166,6 +167,7 @@ def main() -> int:
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="NAME")
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--output", type=Path)
+    parser.add_argument("--cuda-graphs", action="store_true", help="parallel.cuda_graphs, of all cases")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--timeout", type=float, default=240, help="seconds for one case")
     parser.add_argument(
@@ -174,52 +176,57 @@ def main() -> int:
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        report(measure(args.shapes[0], args.cases[0], args.steps, args.profile))
+        report(measure(args.shapes[0], args.cases[0], args))
         return 0
     chosen = [(shape, case) for shape in args.shapes for case in args.cases]
 
     def compile_case(pair: tuple[str, str]) -> None:
-        in_own_process(__file__, worker_arguments(*pair, 0), args.timeout)
+        in_own_process(__file__, worker_arguments(*pair, args, steps=0), args.timeout)
 
     if args.prepare:
         with ThreadPoolExecutor(args.prepare) as pool:
             list(pool.map(compile_case, chosen))
     cases = [
-        ({"shape": shape, "case": case}, worker_arguments(shape, case, args.steps, args.profile))
+        ({"shape": shape, "case": case}, worker_arguments(shape, case, args, args.steps))
         for shape, case in chosen
     ]
     return each_in_own_process(__file__, cases, args.timeout, table, args.output)
 
 
-def worker_arguments(shape: str, case: str, steps: int, profile: bool = False) -> list[str]:
+def worker_arguments(shape: str, case: str, args: argparse.Namespace, steps: int) -> list[str]:
     """The arguments with which this script measures one case."""
-    arguments = ["--shapes", shape, "--cases", case, "--steps", str(steps)]
-    return [*arguments, *(["--profile"] if profile else [])]
+    flags = {"--cuda-graphs": args.cuda_graphs, "--profile": args.profile and steps > 0}
+    passed = ["--shapes", shape, "--cases", case, "--steps", str(steps)]
+    return [*passed, *(flag for flag, is_set in flags.items() if is_set)]
 
 
-def measure(shape: str, case: str, steps: int, profile: bool) -> dict[str, Any]:
+def measure(shape: str, case: str, args: argparse.Namespace) -> dict[str, Any]:
     """Build, change and train one model in this process."""
     section, size = SHAPES[shape]
     device = pick_device("auto")
     torch.manual_seed(0)
     model = build(section, dtype=torch.bfloat16, device=device)
     model = CASES[case].change(model)
-    model = parallelize(model, ParallelSection(compile=True), Process(0, 1, device, None), Chain()).train()
+    parallel, process = (
+        ParallelSection(compile=True, cuda_graphs=args.cuda_graphs),
+        Process(0, 1, device, None),
+    )
+    model = parallelize(model, parallel, process, Chain()).train()
     optimizer = build_optimizer(Chain().param_groups(model), OptimSection(lr=1e-5, **CASES[case].optim))
     batch = random_batch(size, device)
     learnt = TaskSection() if len(size) == 2 else TaskSection(kind="classification")
     task, units = Task(learnt, compile=True), batch.targets.numel()
+    passes, divisor = passes_for(parallel, process, optimizer), torch.tensor(float(units), device=device)
 
     def step() -> Tensor:
-        loss = task.loss(model, batch) / units
         with taking_gradients(optimizer):
-            loss.backward()
+            loss = passes(model, task, batch, divisor)
         norms_of_taken(optimizer)
         optimizer.step()
         optimizer.zero_grad()
-        return loss.detach()
+        return loss / divisor
 
-    return timed_steps(step, steps, units, device, profile=profile)
+    return timed_steps(step, args.steps, units, device, profile=args.profile)
 
 
 def random_batch(size: tuple[int, ...], device: torch.device) -> Batch:

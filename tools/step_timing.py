@@ -21,7 +21,10 @@ from qrecipes.parallel.process import Process, pick_device
 from qrecipes.training.metrics import environment
 
 WARMUP = 4
-"""Steps that compile, and that no median counts."""
+"""Steps that compile or record, and that no median counts."""
+COMPILING = 2
+"""Steps that the peak of memory leaves out: those that compile. The next may record a CUDA graph, and only
+then does the allocator see the memory that replaying it takes."""
 Step = Callable[[], Tensor]
 """A forward and a backward pass and an update; its loss."""
 
@@ -78,15 +81,15 @@ def timed_steps(
     """Medians of `steps` steps after the warm-up; `units` are the tokens or images of one.
 
     `host_ms` is the time until all of a step's work is queued.
-    `memory_before_gb` is allocated before the first step, `peak_memory_gb` the allocator's peak in the
-    measured ones; both in 10**9 bytes. `graphs` counts what Dynamo compiled, and `graphs_after_step_3` what
+    `memory_before_gb` is allocated before the first step, `peak_memory_gb` the allocator's peak after the
+    COMPILING ones; both in 10**9 bytes. `graphs` counts what Dynamo compiled, and `graphs_after_step_3` what
     it compiled again.
     """
     gc.collect()
     before = gigabytes(torch.cuda.memory_allocated) if device.type == "cuda" else None
     times, host_times, losses, graphs = [], [], [], 0
     for i in range(WARMUP + steps):
-        if i == WARMUP and device.type == "cuda":
+        if i == COMPILING and device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         if i == 3:
             graphs = compiled_graphs()

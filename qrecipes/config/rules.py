@@ -61,6 +61,15 @@ def _optimizer(run: Run) -> Iterator[Problem]:
             f"{optim.offload!r} moves the state from a GPU to the CPU, and device is 'cpu'; set offload = "
             '"none"',
         )
+    if run.parallel.cuda_graphs and run.device == "cpu":
+        yield Problem(("parallel", "cuda_graphs"), "true, and device is 'cpu'; set it to false")
+    if run.parallel.cuda_graphs and optim.takes_gradients:
+        taker = "in_backward" if optim.in_backward else "offload"
+        yield Problem(
+            ("optim", taker),
+            f"{getattr(optim, taker)!r} updates in the backward pass, which parallel.cuda_graphs records; "
+            "set parallel.cuda_graphs = false",
+        )
     yield from _hooks(run)
 
 

@@ -376,6 +376,11 @@ class ParallelSection:
     what no gradient needs, such as the last product; otherwise the compiled block runs a second time. 7 to
     13% faster on an H100. The backward pass fuses otherwise than the forward pass did, and so rounds some
     values elsewhere: gradients are as near to float32's as those of kept activations, not bit-equal."""
+    cuda_graphs: bool = False
+    """On one GPU, record the forward and backward pass of each shape of micro-batches as a CUDA graph, at the
+    third of them, and replay it: the GPU no longer waits for Python, which takes longer than the kernels
+    where these are many and small. Gradients are kept between steps, and so take memory in the forward
+    pass, too."""
     reshard_after_forward: bool = True
     """FSDP2: free gathered parameters between forward and backward."""
     reduce_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -387,6 +392,12 @@ class ParallelSection:
                 "parallel.recompute_in_graph: true, which says how compiled blocks are checkpointed, but "
                 f"compile is {str(self.compile).lower()} and checkpointing {self.checkpointing!r}; set both, "
                 "or leave it out"
+            )
+        if self.cuda_graphs and self.checkpointing != "none" and not self.recompute_in_graph:
+            raise ConfigError(
+                f"parallel.cuda_graphs: true, but checkpointing {self.checkpointing!r} reads the state of "
+                "random numbers, which cannot be recorded; set compile and recompute_in_graph to true, or "
+                "cuda_graphs to false"
             )
         if self.recompute_pointwise and not self.compile:
             raise ConfigError(

@@ -34,6 +34,14 @@ class Batch:
         """The same batch on `device`."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Inputs, targets, documents and positions."""
+        return self.inputs, self.targets, self.documents, self.positions
+
+    def empty_on(self, device: torch.device | str) -> Batch:
+        """A batch of the same shapes and types on `device`, of memory of its own that nothing is in yet."""
+        return self._map(lambda tensor: torch.empty_like(tensor, device=device))
+
     def head(self, rows: int, length: int) -> Batch:
         """The first rows, and the first `length` tokens of each where they are tokens; as views."""
         if self.inputs.ndim == 2:
@@ -58,8 +66,7 @@ class Batch:
         return int((self.targets != IGNORE).sum())
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        tensors = (self.inputs, self.targets, self.documents, self.positions)
-        inputs, targets, documents, positions = (None if t is None else change(t) for t in tensors)
+        inputs, targets, documents, positions = (None if t is None else change(t) for t in self.tensors())
         assert inputs is not None
         assert targets is not None
         return Batch(inputs, targets, documents, positions)

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from qrecipes.data import Batch
 from qrecipes.parallel.process import Process
 from qrecipes.training.optimizer_verbs import norms_of_taken, taking_gradients
+from qrecipes.training.passes import Passes
 from qrecipes.training.task import Task
 from qrecipes.transforms.base import StepContext
 from qrecipes.transforms.chain import Chain
@@ -43,23 +44,26 @@ def train_step(
     step: int,
     clip_norm: float,
     process: Process,
+    passes: Passes | None = None,
 ) -> StepReport:
     """One optimizer step over `batches`, the micro-batches of this rank; `step` counts from 0.
 
-    Every target weighs the same, however they are spread over micro-batches and ranks.
+    Every target weighs the same, however they are spread over micro-batches and ranks. `passes`, None for
+    those that Python runs, are the same in every step of a run.
     """
+    passes = passes or Passes(process.device)
     ctx = StepContext(step, model, optimizer)
     chain.before_step(ctx)
     ctx.apply_requests()  # now, since some optimizers update in the backward pass
+    if ctx.passes_changed:
+        passes.forget()
     counts = [(batch.count(), batch.targets.numel()) for batch in batches]
     targets, computed = process.sum(torch.tensor(counts).sum(0)).unbind()
     per_rank = (targets / process.world).clamp(min=1).float()  # FSDP2 averages gradients over ranks
     loss_sum = torch.zeros((), device=process.device)
     with taking_gradients(optimizer, wanted=not ctx.skip_update):
         for batch in batches:
-            loss = task.loss(model, batch.to(process.device))
-            (loss / per_rank).backward()
-            loss_sum += loss.detach()
+            loss_sum += passes(model, task, batch, per_rank)
     chain.after_backward(ctx)
     taken = norms_of_taken(optimizer)
     grad_norm = total_norm(model, taken) if taken else clip_gradients(model, clip_norm)

@@ -95,6 +95,10 @@ class StepContext:
     """Set by a hook to leave out this step's update: zero gradients would still move AdamW."""
     state_to_reset: list[nn.Parameter] = field(default_factory=list)
     """Parameters whose optimizer state is forgotten before the update."""
+    passes_changed: bool = False
+    """Set by `before_step` where forward or backward passes compute otherwise from now on, and not because of
+    a tensor: values of tensors, and parameters put in the place of others, are seen without. Passes that were
+    recorded (parallel.cuda_graphs) are recorded anew."""
 
     def apply_requests(self) -> None:
         """Forget the optimizer state of `state_to_reset`, and the request with it."""
