@@ -15,7 +15,7 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib as mpl
 from curves import Run, differences, of_case, values
@@ -25,6 +25,8 @@ from qrecipes.errors import ConfigError
 
 COLOURS = ("#000000", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f")
 """Of Okabe and Ito, which those who see colours differently tell apart, too; the first is the baseline's."""
+STROKES = (("-", "o"), ("-.", "s"))
+"""Lines and points of the cases that the colours are for, and of those for which they are used again."""
 STYLE: dict[Any, Any] = {
     "svg.hashsalt": "curves",  # else the names of clip paths are random
     "svg.fonttype": "none",
@@ -59,6 +61,14 @@ def main(argv: list[str]) -> int:
     return 0
 
 
+class Look(NamedTuple):
+    """How a case is drawn."""
+
+    colour: str
+    line: str
+    marker: str
+
+
 def draw(
     document: Mapping[str, Any], output: Path, from_step: int = 1, only: Sequence[str] | None = None
 ) -> None:
@@ -91,18 +101,18 @@ def _draw_table(
     if not any(bands.values()):
         raise ConfigError(f"{plan['baseline']}: no run to draw, every one failed; see their `failed`")
     base = of_case(document["runs"], plan["baseline"])
-    colours = dict(zip(bands, COLOURS * len(bands), strict=False))
-    for case in cases:
-        title, colour = case["title"], colours[case["title"]]
-        _band(above, bands[title], from_step, colour, title)
+    looks = [Look(colour, *stroke) for stroke in STROKES for colour in COLOURS]
+    for case, look in zip(cases, looks * len(cases), strict=False):
+        title = case["title"]
+        _band(above, bands[title], from_step, look, title)
         if title == plan["baseline"]:
-            below.axhline(0, color=colour, linewidth=1)
+            below.axhline(0, color=look.colour, linewidth=1)
             continue
         own = of_case(document["runs"], title)
-        _band(below, relative(own, base, plan["metric"]), from_step, colour, None)
+        _band(below, relative(own, base, plan["metric"]), from_step, look, None)
         if case.get("goal_percent") is not None:
             worse = 1 if plan["better"] == "lower" else -1
-            below.axhline(worse * case["goal_percent"], color=colour, linewidth=1, linestyle=":")
+            below.axhline(worse * case["goal_percent"], color=look.colour, linewidth=1, linestyle=":")
     above.set_ylabel(plan["metric"])
     below.set_ylabel(f"% of {plan['baseline']}, same seed")
     below.set_xlabel("step")
@@ -136,8 +146,9 @@ def _gathered(curves: Any) -> Band:
     return dict(sorted(band.items()))
 
 
-def _band(axes: Any, band: Band, from_step: int, colour: str, label: str | None) -> None:
+def _band(axes: Any, band: Band, from_step: int, look: Look, label: str | None) -> None:
     """A line through the means, and a band from the least to the largest."""
+    colour = look.colour
     if list(band) == [0]:  # not trained
         axes.axhline(fmean(band[0]), color=colour, linewidth=1.2, linestyle="--", label=label)
         return
@@ -149,9 +160,12 @@ def _band(axes: Any, band: Band, from_step: int, colour: str, label: str | None)
         found = shown[steps[0]]
         mean = fmean(found)
         ends = [[mean - min(found)], [max(found) - mean]]
-        axes.errorbar(steps, [mean], ends, color=colour, fmt="o", markersize=4, capsize=4, label=label)
+        axes.errorbar(
+            steps, [mean], ends, color=colour, fmt=look.marker, markersize=4, capsize=4, label=label
+        )
         return
-    axes.plot(steps, [fmean(found) for found in shown.values()], color=colour, linewidth=1.4, label=label)
+    means = [fmean(found) for found in shown.values()]
+    axes.plot(steps, means, look.line, color=colour, linewidth=1.4, label=label)
     least, largest = ([pick(found) for found in shown.values()] for pick in (min, max))
     axes.fill_between(steps, least, largest, color=colour, alpha=0.15, linewidth=0)
 

@@ -3,7 +3,8 @@
 M rows, K columns. What a product sums over is contiguous in the result, from a multiple of 16 bytes on, so
 columns come transposed. On CUDA the matrix is read from memory once, but for what does not stay in the L2
 cache; random numbers for stochastic rounding are made inside the kernels and take no memory. Under
-`torch.compile` rows are quantized in plain PyTorch, which Inductor puts into the kernel that makes them.
+`torch.compile` rows are rounded to nearest in plain PyTorch, which Inductor puts into the kernel that makes
+them.
 """
 
 from __future__ import annotations
@@ -36,8 +37,9 @@ def quantize_rows(x_MK: Tensor, *, stochastic_rounding: bool = False) -> tuple[T
         ValueError: if `x_MK` is not a floating matrix.
     """
     _check("quantize_rows", x_MK)
-    if torch.compiler.is_compiling() and x_MK.shape[1] % 16 == 0:
-        return quantize_int8(x_MK, 1, stochastic_rounding=stochastic_rounding)
+    # random numbers made by Inductor take a round of Philox each, the kernel's a quarter of one
+    if torch.compiler.is_compiling() and x_MK.shape[1] % 16 == 0 and not stochastic_rounding:
+        return quantize_int8(x_MK, 1)
     return torch.ops.qrecipes.quantize_rows.default(x_MK, _seed(x_MK, stochastic_rounding))
 
 

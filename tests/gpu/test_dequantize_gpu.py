@@ -333,11 +333,14 @@ def test_dequantization_is_about_as_fast_as_a_copy_of_as_many_bytes(format):
 
 @pytest.mark.parametrize("format", [FORMATS[4], FORMATS[10]], ids=["int4", "nf4"])
 @pytest.mark.parametrize("T", [1, 16])
-def test_products_of_few_tokens_are_faster_than_in_bfloat16(T, format):
+def test_products_of_few_tokens_are_faster_fused(T, format):
+    """Of one token, faster than with a weight in bfloat16, of which there is more to read; of 16, than
+    dequantizing first."""
     N, K = 11008, 8192
     payload = random_payload(N, K, format)
     w = torch.randn(N, K, device="cuda", dtype=torch.bfloat16)
     x = torch.randn(T, K, device="cuda", dtype=torch.bfloat16)
-    low_bit_ms = median_ms(lambda: dequantize_mm(x, payload, format))
+    fused_ms = median_ms(lambda: dequantize_mm(x, payload, format))
     plain_ms = median_ms(lambda: x @ w.t())
-    assert low_bit_ms < plain_ms, f"{low_bit_ms:.3f} ms, {plain_ms:.3f} ms"
+    first_ms = median_ms(lambda: x @ dequantize(payload, format, K, torch.bfloat16).t())
+    assert fused_ms < (plain_ms if T == 1 else first_ms), f"{fused_ms:.3f} {plain_ms:.3f} {first_ms:.3f} ms"
