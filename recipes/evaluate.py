@@ -37,6 +37,8 @@ def main(argv: list[str]) -> int:
     names = [name.strip() for name in args.tasks.split(",") if name.strip()]
     if args.text is None and not names:
         raise ConfigError("evaluate: nothing to measure; give --text FILE, --tasks NAME,NAME or both")
+    _check_used(args, ("stride", "tokens"), args.text is not None, "--text FILE")
+    _check_used(args, ("limit", "num_fewshot", "chat_template"), bool(names), "--tasks NAMES")
     if names:
         require_tasks(names, args.data)
     if args.json is not None:
@@ -48,6 +50,18 @@ def main(argv: list[str]) -> int:
         document = _document(results, args, argv)
         args.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     return 0
+
+
+def _check_used(args: argparse.Namespace, options: tuple[str, ...], is_measured: bool, what: str) -> None:
+    """Raise ConfigError where one of `options` is given and what it is about is not measured."""
+    for option in options:
+        value = getattr(args, option)
+        if not is_measured and value is not None and value is not False:
+            name = f"--{option.replace('_', '-')}"
+            raise ConfigError(
+                f"evaluate: {name} says how {what} is measured, which is not given; add it, or "
+                f"leave {name} out"
+            )
 
 
 @dataclass(frozen=True)

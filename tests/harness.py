@@ -89,6 +89,22 @@ def build_plain(run: Run, dtype: torch.dtype = torch.float32) -> nn.Module:
     return build(run.model, dtype=dtype)
 
 
+class Repeats:
+    """Stands for CUDA graphs on a CPU: what was recorded runs again, on the tensors that it ran on."""
+
+    device = torch.device("cpu")
+
+    def __init__(self) -> None:
+        self.recorded = 0
+
+    def run(self, action):
+        action()
+
+    def record(self, action):
+        self.recorded += 1
+        return action
+
+
 @dataclass
 class Trial:
     """A run ready to step."""

@@ -15,7 +15,18 @@ import pytest
 import torch
 import torch._inductor.config as inductor_config
 from functorch.compile import min_cut_rematerialization_partition, nop
-from harness import FAMILIES, Trial, build_plain, losses, methods, peek, predict, tiny_run, variants
+from harness import (
+    FAMILIES,
+    Repeats,
+    Trial,
+    build_plain,
+    losses,
+    methods,
+    peek,
+    predict,
+    tiny_run,
+    variants,
+)
 from torch import fx, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._inductor.compile_fx import select_decomp_table
@@ -29,6 +40,7 @@ from qrecipes.models.view import block_sites
 from qrecipes.parallel import apply
 from qrecipes.quant.primitives import sqnr_db
 from qrecipes.training import checkpoint
+from qrecipes.training.passes import WARMUP, RecordedPasses
 from qrecipes.transforms import REGISTRY
 from qrecipes.transforms.base import transform_for
 from qrecipes.transforms.chain import Chain
@@ -288,6 +300,19 @@ def test_resume_is_bit_exact(run, save_at):
     second.done, position = checkpoint.restore(folder, run, second.model, second.optimizer, second.process)
     second.data.load_state_dict(position)
     assert beginning + second.advance(8 - save_at) == unbroken
+
+
+def test_recorded_passes_train_as_those_of_python(run):
+    """On tensors that stay where they are: what a CUDA graph needs of a method and its optimizer."""
+    run = replace(run, optim=replace(run.optim, accumulate=2))
+    python = Trial.of(run)
+    wanted = python.advance(WARMUP + 3)
+    recorded = Trial.of(run)
+    recorded.passes = RecordedPasses(recorder := Repeats())
+    assert recorded.advance(WARMUP + 3) == wanted
+    assert recorder.recorded == 1
+    mine, theirs = recorded.model.state_dict(), python.model.state_dict()
+    assert all(torch.equal(mine[name], tensor) for name, tensor in theirs.items())
 
 
 def test_accumulation_equals_a_larger_batch(run, method):

@@ -106,6 +106,9 @@ def test_a_text_alone_does_without_lm_eval(text, monkeypatch):
     [
         ([STORIES], 2, "nothing to measure"),
         ([STORIES, "--text", "TEXT", "--block", "64", "--stride", "64"], 2, "--stride: 64"),
+        ([STORIES, "--text", "TEXT", "--limit", "5"], 2, "--limit says how --tasks NAMES is measured"),
+        ([STORIES, "--text", "TEXT", "--num-fewshot", "0"], 2, "or leave --num-fewshot out"),
+        ([STORIES, "--tasks", "piqa", "--tokens", "5"], 2, "--tokens says how --text FILE is measured"),
         ([STORIES, "--text", "TEXT", "--block", "1024"], 2, "use at most 512"),
         ([STORIES, "--text", "TEXT", "--block", "64", "--tokens", "30"], 1, "do not fill one block"),
         ([STORIES, "--text", "none.txt", "--block", "64"], 1, "none.txt: cannot be read"),

@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 import torch
-from harness import ALONE, Trial, tiny_run
+from harness import ALONE, Repeats, Trial, tiny_run
 from torch import nn
 
 from qrecipes.config import parse, rules
@@ -15,6 +15,7 @@ from qrecipes.config.run import OptimSection, ParallelSection, TaskSection
 from qrecipes.data import Batch
 from qrecipes.errors import ConfigError
 from qrecipes.parallel.process import Process
+from qrecipes.quant.stored_int8 import StoredInt8
 from qrecipes.training import passes as module
 from qrecipes.training.optim import build_optimizer
 from qrecipes.training.passes import WARMUP, Passes, RecordedPasses, passes_for
@@ -24,22 +25,6 @@ from qrecipes.transforms.base import ParamGroup
 from qrecipes.transforms.chain import Chain
 
 TASK = Task(TaskSection())
-
-
-class Repeats:
-    """Stands for CUDA graphs on a CPU: what was recorded runs again, on the tensors that it ran on."""
-
-    device = torch.device("cpu")
-
-    def __init__(self) -> None:
-        self.recorded = 0
-
-    def run(self, action):
-        action()
-
-    def record(self, action):
-        self.recorded += 1
-        return action
 
 
 def model_of() -> nn.Module:
@@ -114,6 +99,13 @@ def test_a_gradient_that_someone_put_there_is_added_to():
         assert torch.equal(p.grad, 1 + g)
 
 
+def test_losses_stay_what_they_were():
+    model, passes = model_of(), RecordedPasses(Repeats())
+    losses = [passes(model, TASK, batch, torch.tensor(1.0)) for batch in batches(*[8] * (WARMUP + 3))]
+    assert losses == [TASK.loss(model, batch) for batch in batches(*[8] * (WARMUP + 3))]
+    assert len(set(map(float, losses))) == len(losses)
+
+
 def replace_parameter(model):
     model[1].weight = nn.Parameter(model[1].weight.detach().clone())
 
@@ -124,6 +116,21 @@ def move_parameter(model):
 
 def freeze(model):
     model[1].bias.requires_grad_(False)
+
+
+def move_part(model):
+    model[1].weight.q = model[1].weight.q.clone()
+
+
+def test_what_a_stored_weight_is_made_of_is_looked_at_too():
+    model, recorder = model_of(), Repeats()
+    model[1].weight = nn.Parameter(StoredInt8.of(model[1].weight.detach()))
+    passes = RecordedPasses(recorder)
+    for change in (lambda model: None, move_part):
+        change(model)
+        for _ in range(WARMUP + 1):
+            passes(model, TASK, batches(8)[0], torch.tensor(1.0))
+    assert recorder.recorded == 2
 
 
 @pytest.mark.parametrize("change", [replace_parameter, move_parameter, freeze])
