@@ -95,7 +95,7 @@ class Repeats:
     device = torch.device("cpu")
 
     def __init__(self) -> None:
-        self.recorded = 0
+        self.recorded = self.finished = 0
 
     def run(self, action):
         action()
@@ -103,6 +103,9 @@ class Repeats:
     def record(self, action):
         self.recorded += 1
         return action
+
+    def finish(self):
+        self.finished += 1
 
 
 @dataclass

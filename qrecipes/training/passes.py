@@ -80,6 +80,9 @@ class Recorder(Protocol):
     def record(self, action: Action) -> Action:
         """Note what an action has the device do, without doing it; what does it, as often as called."""
 
+    def finish(self) -> None:
+        """Return when the device has done all that was replayed, so that recordings may go."""
+
 
 class RecordedPasses(Passes):
     """The same, of each shape of batches recorded after WARMUP of them, and replayed from then on.
@@ -121,6 +124,8 @@ class RecordedPasses(Passes):
 
     def forget(self) -> None:
         """Record everything anew."""
+        if self._recordings:
+            self._recorder.finish()
         for kept in self._seen, self._recordings, self._gradients, self._used:
             kept.clear()
 
@@ -196,6 +201,10 @@ class CUDAGraphs:
                 f"{str(first).partition(chr(10))[0]}; set it to false"
             ) from error
         return graph.replay
+
+    def finish(self) -> None:
+        """Wait for the device."""
+        torch.cuda.synchronize(self.device)
 
 
 @dataclass(frozen=True)

@@ -77,8 +77,10 @@ def test_micro_batches_are_added_up():
     assert_same("llm", "lora", optim__accumulate=3)
 
 
-def test_stochastic_rounding_draws_anew_in_each_replay():
-    run = tiny_run("llm", "int8_mixed_precision", parallel=ParallelSection(cuda_graphs=True), optim__lr=0.0)
+@pytest.mark.parametrize("compile", [False, True])
+def test_stochastic_rounding_draws_anew_in_each_replay(compile):
+    parallel = ParallelSection(cuda_graphs=True, compile=compile)
+    run = tiny_run("llm", "int8_mixed_precision", parallel=parallel, optim__lr=0.0)
     run = replace(run, transform=(replace(run.transform[0], stochastic_rounding=True),))
     trial = Trial.of(run, Process(0, 1, torch.device("cuda", torch.cuda.current_device()), None))
     batch, divisor = trial.data.next_batch(), torch.ones(())

@@ -147,7 +147,7 @@ def test_what_was_replaced_is_recorded_anew(change):
         wanted = Passes(ALONE.device)(twin := model_of(), TASK, batch, divisor)
         assert loss == wanted
         assert torch.equal(model[1].weight.grad, twin[1].weight.grad)
-    assert recorder.recorded == 2
+    assert (recorder.recorded, recorder.finished) == (2, 1)
     assert (model[1].bias.grad is None) == (change is freeze)
 
 
