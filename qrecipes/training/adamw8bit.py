@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,9 +26,12 @@ class FusedAdamW8bit(AdamW8bit):
     """torchao's AdamW8bit (arXiv 2110.02861), its state too, but for the time of a step on a GPU.
 
     torchao calls a compiled function for every parameter, 1 ms each, which is most of a step that trains the
-    many small parameters of adapters. Here all parameters of a type take one Triton kernel; on the CPU the
-    step is torchao's. With `bf16_stochastic_round` random numbers come from the device's default generator.
+    many small parameters of adapters. Here all parameters of a type take one Triton kernel, and what that
+    needs to know of them is kept from step to step; on the CPU the step is torchao's. With
+    `bf16_stochastic_round` random numbers come from the device's default generator.
     """
+
+    _plan: _Plan | None = None
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -37,15 +41,9 @@ class FusedAdamW8bit(AdamW8bit):
         if not self._suits_kernel() or not all(_has_kernel(p) for p in trained):
             super().step()
             return loss
-        for group in self.param_groups:
-            by_step: dict[float, list[Update]] = {}
-            for p in group["params"]:
-                if p.grad is not None:
-                    moments, steps = self._moments(p)
-                    by_step.setdefault(steps, []).append((local(p), local(p.grad), *moments))
-            for steps, updates in by_step.items():
-                numbers = _numbers(group, steps)
-                update_by_kernel(updates, numbers, stochastic_rounding=self.bf16_stochastic_round)
+        if self._plan is None or not self._plan.holds(trained, self.state):
+            self._plan = self._new_plan()
+        self._plan.update(self.param_groups, stochastic_rounding=self.bf16_stochastic_round)
         return loss
 
     def _suits_kernel(self) -> bool:
@@ -53,18 +51,105 @@ class FusedAdamW8bit(AdamW8bit):
         plain = not any(group["amsgrad"] for group in self.param_groups)
         return HAS_TRITON and plain and self.block_size == kernels.BLOCK
 
-    def _moments(self, p: Tensor) -> tuple[tuple[Tensor, Tensor], float]:
-        """This rank's parts of both moments, zeros at first, and how many steps there will have been."""
+    def _new_plan(self) -> _Plan:
+        known: list[_Known] = []
+        members: dict[tuple[int, float], list[_Known]] = {}
+        for place, group in enumerate(self.param_groups):
+            for p in group["params"]:
+                if p.grad is not None:
+                    known.append(_Known.of(p, self._begun(p)))
+                    members.setdefault((place, float(known[-1].step)), []).append(known[-1])
+        parts = [
+            _Part(place, [together[i] for i in alike], _jobs([updates[i] for i in alike]))
+            for (place, _), together in members.items()
+            for updates in [[one.update for one in together]]
+            for alike in _of_one_kind(updates)
+        ]
+        return _Plan(known, parts)
+
+    def _begun(self, p: Tensor) -> dict[str, Any]:
+        """A parameter's state, zeros at first."""
         state = self.state[p]
         if not state:
             state["step"] = torch.tensor(0.0)
             state["exp_avg"] = self._new_buffer(p, True)
             state["exp_avg_sq"] = self._new_buffer(p, False)
-        state["step"] += 1
-        return (local(state["exp_avg"]), local(state["exp_avg_sq"])), float(state["step"])
+        return state
 
 
-def _numbers(group: dict[str, Any], steps: float) -> tuple[float, ...]:
+@dataclass(frozen=True)
+class _Known:
+    """A parameter and its state as a plan found them."""
+
+    p: Tensor
+    step: Tensor
+    """How many there have been."""
+    moments: tuple[Tensor, Tensor]
+    grad_type: torch.dtype
+    addresses: tuple[int, ...]
+
+    @classmethod
+    def of(cls, p: Tensor, state: Mapping[str, Any]) -> _Known:
+        assert p.grad is not None
+        moments = state["exp_avg"], state["exp_avg_sq"]
+        return cls(p, state["step"], moments, local(p.grad).dtype, _addresses(p, moments))
+
+    def holds(self, p: Tensor, state: Mapping[str, Any]) -> bool:
+        """Whether a parameter is this one, whose state no other has, and nothing of it was replaced."""
+        return (
+            p.grad is not None
+            and local(p.grad).dtype is self.grad_type
+            and state.get("step") is self.step
+            and state.get("exp_avg") is self.moments[0]
+            and state.get("exp_avg_sq") is self.moments[1]
+            and _addresses(p, self.moments) == self.addresses
+        )
+
+    @property
+    def update(self) -> Update:
+        """This rank's parts."""
+        assert self.p.grad is not None
+        return local(self.p), local(self.p.grad), local(self.moments[0]), local(self.moments[1])
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Parameters that one launch updates."""
+
+    place: int
+    """Of their group."""
+    members: Sequence[_Known]
+    jobs: kernels.Jobs
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """The launches of a step, as long as parameters and moments stay where they are."""
+
+    known: Sequence[_Known]
+    parts: Sequence[_Part]
+
+    def holds(self, trained: Sequence[Tensor], state: Mapping[Tensor, Mapping[str, Any]]) -> bool:
+        """Whether it is that of these parameters, which have a gradient."""
+        return len(trained) == len(self.known) and all(
+            known.holds(p, state[p]) for p, known in zip(trained, self.known, strict=True)
+        )
+
+    def update(self, groups: Sequence[Mapping[str, Any]], *, stochastic_rounding: bool) -> None:
+        """One step."""
+        if self.known:
+            torch._foreach_add_([known.step for known in self.known], 1.0)
+        for part in self.parts:
+            numbers = _numbers(groups[part.place], float(part.members[0].step))
+            grads = [known.p.grad for known in part.members]
+            _launch(part.jobs, [local(g) for g in grads if g is not None], numbers, stochastic_rounding)
+
+
+def _addresses(p: Tensor, moments: Sequence[Tensor]) -> tuple[int, ...]:
+    return local(p).data_ptr(), *(_tensors(local(moment))[0].data_ptr() for moment in moments)
+
+
+def _numbers(group: Mapping[str, Any], steps: float) -> tuple[float, ...]:
     lr, (beta1, beta2) = float(group["lr"]), group["betas"]
     corrections = 1 - beta1**steps, (1 - beta2**steps) ** 0.5
     return lr, 1 - lr * group["weight_decay"], beta1, beta2, group["eps"], *corrections
@@ -81,31 +166,42 @@ def update_by_kernel(
     `numbers` are those of `adamw8bit_kernels.launch`. Parameters that are not bfloat16 are rounded to
     nearest.
     """
-    alike: dict[tuple[object, ...], list[Update]] = {}
-    for update in updates:
-        p, grad, first, _ = update
+    for alike in _of_one_kind(updates):
+        part = [updates[i] for i in alike]
+        _launch(_jobs(part), [grad for _, grad, _, _ in part], numbers, stochastic_rounding)
+
+
+def _of_one_kind(updates: Sequence[Update]) -> list[list[int]]:
+    """Which of them one launch can take, each; empty ones are left out."""
+    alike: dict[tuple[object, ...], list[int]] = {}
+    for i, (p, grad, first, _) in enumerate(updates):
         if p.numel() > 0:
             quantized = isinstance(first, OptimState8bit)
             key = p.device, p.dtype, grad.dtype, quantized, first.dtype, p.numel() % 8 == 0
-            alike.setdefault(key, []).append(update)
-    for part in alike.values():
-        p, _, first, second = part[0]
-        rounds = stochastic_rounding and p.dtype is torch.bfloat16
-        seed = torch.randint(2**62, (), device=p.device) if rounds else None
-        maps = None
-        if isinstance(first, OptimState8bit) and isinstance(second, OptimState8bit):
-            maps = first.qmap, second.qmap
-        with on_device_of(p):
-            kernels.launch(_jobs(part), maps, numbers, seed)
+            alike.setdefault(key, []).append(i)
+    return list(alike.values())
 
 
-def _jobs(updates: Sequence[Update]) -> list[kernels.Job]:
+def _jobs(updates: Sequence[Update]) -> kernels.Jobs:
+    """Of one kind."""
     jobs, taken = [], 0
-    for p, grad, first, second in updates:
-        moments = kernels.Moments(*_tensors(first), *_tensors(second))
-        jobs.append(kernels.Job(p, _aligned(grad.contiguous()), moments, taken))
+    for p, _, first, second in updates:
+        jobs.append(kernels.Job(p, kernels.Moments(*_tensors(first), *_tensors(second)), taken))
         taken += p.numel()
-    return jobs
+    _, _, first, second = updates[0]
+    maps = None
+    if isinstance(first, OptimState8bit) and isinstance(second, OptimState8bit):
+        maps = first.qmap, second.qmap
+    return kernels.prepare(jobs, maps)
+
+
+def _launch(
+    jobs: kernels.Jobs, grads: Sequence[Tensor], numbers: tuple[float, ...], stochastic_rounding: bool
+) -> None:
+    rounds = stochastic_rounding and jobs.p_type is torch.bfloat16
+    seed = torch.randint(2**62, (), device=jobs.device) if rounds else None
+    with on_device_of(jobs.owners):
+        kernels.launch(jobs, [_aligned(grad.contiguous()) for grad in grads], numbers, seed)
 
 
 def _tensors(moment: Tensor) -> tuple[Tensor, Tensor | None]:

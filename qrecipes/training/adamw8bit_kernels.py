@@ -19,6 +19,8 @@ ROWS = 4
 """Blocks of a program."""
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 _FIELDS = tl.constexpr(8)
+_GRADIENT = 1
+"""Which of them is the gradient's address."""
 
 
 class Moments(NamedTuple):
@@ -31,44 +33,62 @@ class Moments(NamedTuple):
 
 
 class Job(NamedTuple):
-    """One parameter, its gradient and its moments, contiguous, from multiples of 16 bytes on."""
+    """One parameter and its moments, contiguous, from multiples of 16 bytes on."""
 
     p: Tensor
-    grad: Tensor
     moments: Moments
     taken: int
     """How many random numbers the parameters before it take."""
 
 
-def launch(
-    jobs: Sequence[Job],
-    maps: tuple[Tensor, Tensor] | None,
-    numbers: tuple[float, ...],
-    seed: Tensor | None,
-) -> None:
-    """Update parameters of one type, with gradients of one type and moments of one kind, in place.
+class Jobs(NamedTuple):
+    """Parameters of one type, with moments of one kind, as `launch` takes them: for many steps, as long as
+    all stay where they are."""
 
-    `maps` are the values of the codes of both moments, None where they are not quantized; `numbers` are the
-    learning rate, what decay leaves of a weight, beta1, beta2, epsilon, and what the first and the root of
-    the second moment are divided by. With `seed`, on the device, weights are rounded stochastically.
-    """
-    p, grad, moments, _ = jobs[0]
+    table: Tensor
+    """int64 [jobs, 8] on the host: what the kernel reads of a job, the gradient's address left out."""
+    owners: Tensor
+    firsts: Tensor
+    maps: tuple[Tensor, Tensor] | None
+    device: torch.device
+    p_type: torch.dtype
+    moment_type: torch.dtype
+    unit: int
+
+
+def prepare(jobs: Sequence[Job], maps: tuple[Tensor, Tensor] | None) -> Jobs:
+    """Parameters to update. `maps` are the values of the codes of both moments, None where they are not
+    quantized."""
+    p, moments, _ = jobs[0]
     owners, firsts = _programs(tuple(job.p.numel() for job in jobs), p.device)
-    rows = [_row(job) for job in jobs]
-    table = torch.tensor(rows, dtype=torch.int64)
-    if p.is_cuda:  # without waiting for the device
-        table = table.pin_memory().to(p.device, non_blocking=True)
-    types = tuple(TYPES[t.dtype] for t in (p, grad, p if maps else moments.first))
+    table = torch.tensor([_row(job) for job in jobs], dtype=torch.int64)
+    moment_type = (p if maps else moments.first).dtype
     unit = 8 if all(job.p.numel() % 8 == 0 for job in jobs) else 1
-    first_map, second_map = maps or (None, None)
-    arguments = (table, owners, firsts, first_map, second_map, seed, *numbers)
-    _launcher(*types, unit)(owners.numel(), *arguments)
+    return Jobs(table, owners, firsts, maps, p.device, p.dtype, moment_type, unit)
+
+
+def launch(jobs: Jobs, grads: Sequence[Tensor], numbers: tuple[float, ...], seed: Tensor | None) -> None:
+    """Update the parameters in place.
+
+    `grads` are their gradients in the same order, of one type, contiguous, from multiples of 16 bytes on.
+    `numbers` are the learning rate, what decay leaves of a weight, beta1, beta2, epsilon, and what the first
+    and the root of the second moment are divided by. With `seed`, on the device, weights are rounded
+    stochastically.
+    """
+    table = jobs.table.clone()  # the last step's may still be on its way to the device
+    table[:, _GRADIENT] = torch.tensor([grad.data_ptr() for grad in grads])
+    if jobs.device.type == "cuda":  # without waiting for the device
+        table = table.pin_memory().to(jobs.device, non_blocking=True)
+    types = tuple(TYPES[dtype] for dtype in (jobs.p_type, grads[0].dtype, jobs.moment_type))
+    first_map, second_map = jobs.maps or (None, None)
+    arguments = (table, jobs.owners, jobs.firsts, first_map, second_map, seed, *numbers)
+    _launcher(*types, jobs.unit)(jobs.owners.numel(), *arguments)
 
 
 def _row(job: Job) -> list[int]:
     """What the kernel reads of a job, `_FIELDS` integers."""
-    tensors = (job.p, job.grad, *job.moments)
-    return [*(0 if t is None else t.data_ptr() for t in tensors), job.p.numel(), job.taken]
+    moments = (0 if t is None else t.data_ptr() for t in job.moments)
+    return [job.p.data_ptr(), 0, *moments, job.p.numel(), job.taken]
 
 
 @lru_cache(maxsize=64)

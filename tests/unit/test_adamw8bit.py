@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import io
+import itertools
+from unittest import mock
+
 import pytest
 import torch
 from compiling import compiled, needs_triton
@@ -105,6 +109,75 @@ def check_many_parameters_at_once_are_each_alone() -> None:
         assert torch.equal(a, b)
 
 
+class Forgetful(FusedAdamW8bit):
+    """Finds out anew what it updates, at each step."""
+
+    def step(self, closure=None):
+        self._plan = None
+        return super().step(closure)
+
+
+def move(optimizer, p):
+    p.data = p.data.clone()
+
+
+def begin_anew(optimizer, p):
+    optimizer.state.pop(p)
+
+
+def restore(optimizer, p):
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    optimizer.load_state_dict(torch.load(io.BytesIO(file.getvalue()), weights_only=False))
+
+
+def lower_the_rate(optimizer, p):
+    for group in optimizer.param_groups:
+        group["lr"] *= 0.1
+
+
+def move_a_moment(optimizer, p):
+    moment = optimizer.state[p]["exp_avg"]
+    moment.codes = moment.codes.clone()
+
+
+def replace_a_moment(optimizer, p):
+    optimizer.state[p]["exp_avg"] = optimizer._new_buffer(p, True)
+
+
+def add_a_group(optimizer, p):
+    torch.manual_seed(2)
+    optimizer.add_param_group({"params": [torch.nn.Parameter(torch.randn(4, 64))], "lr": 1e-3})
+
+
+def check_what_is_kept_from_step_to_step_changes_no_bit() -> None:
+    changes = (move, begin_anew, restore, lower_the_rate, move_a_moment, replace_a_moment, add_a_group)
+    results, plans = [], []
+    with mock.patch("qrecipes.training.adamw8bit._has_kernel", return_value=True):
+        for cls in (FusedAdamW8bit, Forgetful):
+            torch.manual_seed(0)
+            params = [torch.nn.Parameter(torch.randn(shape)) for shape in ((16, 256), (3, 100), (16, 512))]
+            optimizer = cls([{"params": params[:2]}, {"params": params[2:], "weight_decay": 0.3}], lr=1e-2)
+            for change in (None, None, *changes, None):
+                if change is not None:
+                    change(optimizer, params[0])
+                trained = [p for group in optimizer.param_groups for p in group["params"]]
+                for p in trained:
+                    p.grad = torch.randn_like(p)
+                if change is lower_the_rate:
+                    trained[1].grad = None
+                optimizer.step()
+                plans.append(optimizer._plan)
+            state = [plain(m) for p in trained for m in list(optimizer.state[p].values())[1:]]
+            steps = [float(optimizer.state[p]["step"]) for p in trained]
+            results.append([*(p.detach() for p in trained), *state, torch.tensor(steps)])
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+    kept = [a is b for a, b in itertools.pairwise(plans[: len(changes) + 3])]
+    assert kept == [True, *[False] * len(changes), True], kept
+    assert results[0][-1].tolist() == [7.0, 9.0, 10.0, 2.0]
+
+
 def check_nan_is_not_hidden() -> None:
     p, grad = torch.zeros(2, 256), torch.ones(2, 256)
     grad[1, 7] = float("nan")
@@ -170,7 +243,7 @@ def test_on_the_cpu_the_step_is_torchaos():
 @pytest.fixture
 def no_kernel(monkeypatch):
     """Only torchao's step can update, uncompiled."""
-    monkeypatch.setattr("qrecipes.training.adamw8bit.update_by_kernel", None)
+    monkeypatch.setattr("qrecipes.training.adamw8bit._launch", None)
     with torch.compiler.set_stance("force_eager"):
         yield
 
