@@ -107,7 +107,7 @@ def train(run: Run, process: Process) -> int:
         data.load_state_dict(data_state)
     if process.is_main:
         if resume is None or first_step < run.steps:
-            write_identity(run, chain.receipt, environment(process))
+            write_identity(run, chain.receipt, {"command": sys.argv} | environment(process))
         print(chain.receipt.summary(), file=sys.stderr)
         if resume is not None:
             for folder in checkpoint.set_aside_after(run.output, first_step):

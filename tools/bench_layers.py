@@ -46,7 +46,11 @@ def main() -> int:
                 sizes = {"tokens": tokens, "in_features": K, "out_features": N, "size": K * N / (K + N)}
                 results.append(sizes | {"bf16_ms": bf16_ms, "int8_ms": int8_ms})
     if args.output:
-        found = {"results": results, "environment": environment(Process(0, 1, device, None))}
+        found = {
+            "command": " ".join(["tools/bench_layers.py", *sys.argv[1:]]),
+            "results": results,
+            "environment": environment(Process(0, 1, device, None)),
+        }
         args.output.write_text(json.dumps(found, indent=1) + "\n")
     print(table(results))
     return 0

@@ -52,7 +52,7 @@ def main() -> int:
     found = {
         "command": " ".join(["tools/bench_loss.py", *shape]),
         "results": results,
-        "environment": {k: v for k, v in environment(Process(0, 1, device, None)).items() if k != "command"},
+        "environment": environment(Process(0, 1, device, None)),
     }
     if args.output:
         args.output.write_text(json.dumps(found, indent=1) + "\n")

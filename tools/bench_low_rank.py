@@ -124,7 +124,6 @@ def save(path: Path | None, meter: Meter, found: dict[str, Any]) -> None:
             "command": " ".join(["tools/bench_low_rank.py", *sys.argv[1:]]),
             "copy_tb_per_s": meter.copied_per_us / 1e6,
         }
-        about = {k: v for k, v in about.items() if k != "command"}
         path.write_text(json.dumps(head | found | {"environment": about}, indent=1) + "\n")
 
 

@@ -207,10 +207,8 @@ def measure(shape: str, case: str, args: argparse.Namespace) -> dict[str, Any]:
     torch.manual_seed(0)
     model = build(section, dtype=torch.bfloat16, device=device)
     model = CASES[case].change(model)
-    parallel, process = (
-        ParallelSection(compile=True, cuda_graphs=args.cuda_graphs),
-        Process(0, 1, device, None),
-    )
+    parallel = ParallelSection(compile=True, cuda_graphs=args.cuda_graphs)
+    process = Process(0, 1, device, None)
     model = parallelize(model, parallel, process, Chain()).train()
     optimizer = build_optimizer(Chain().param_groups(model), OptimSection(lr=1e-5, **CASES[case].optim))
     batch = random_batch(size, device)

@@ -60,10 +60,9 @@ def each_in_own_process(
         results.append(names | in_own_process(script, arguments, timeout))
         print(table(results[-1:]).splitlines()[-1], flush=True)
         if output:
-            found = environment(Process(0, 1, pick_device("auto"), None))
             document = {
                 "command": shlex.join([f"tools/{Path(script).name}", *sys.argv[1:]]),
-                "environment": {key: value for key, value in found.items() if key != "command"},
+                "environment": environment(Process(0, 1, pick_device("auto"), None)),
                 "results": results,
             }
             output.write_text(json.dumps(document, indent=1) + "\n")

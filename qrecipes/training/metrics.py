@@ -109,7 +109,7 @@ def peak_memory(device: torch.device) -> int:
 
 
 def environment(process: Process) -> dict[str, Any]:
-    """Versions, device and command: what a number of this run needs to be understood."""
+    """Versions and device: what a number of this process needs to be understood."""
     versions = {"qrecipes": __version__}
     for name in ("torch", "torchao", "torchtune", "triton", "timm"):
         try:
@@ -118,7 +118,6 @@ def environment(process: Process) -> dict[str, Any]:
             continue
     cuda = process.device.type == "cuda"
     return {
-        "command": sys.argv,
         "device": torch.cuda.get_device_name(process.device)
         if cuda
         else platform.processor() or platform.machine(),
