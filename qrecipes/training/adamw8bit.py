@@ -59,12 +59,12 @@ class FusedAdamW8bit(AdamW8bit):
                 if p.grad is not None:
                     known.append(_Known.of(p, self._begun(p)))
                     members.setdefault((place, float(known[-1].step)), []).append(known[-1])
-        parts = [
-            _Part(place, [together[i] for i in alike], _jobs([updates[i] for i in alike]))
-            for (place, _), together in members.items()
-            for updates in [[one.update for one in together]]
-            for alike in _of_one_kind(updates)
-        ]
+        parts = []
+        for (place, _), together in members.items():
+            updates = [one.update for one in together]
+            for alike in of_one_kind(updates):
+                jobs = jobs_of([updates[i] for i in alike])
+                parts.append(_Part(place, [together[i] for i in alike], jobs))
         return _Plan(known, parts)
 
     def _begun(self, p: Tensor) -> dict[str, Any]:
@@ -142,7 +142,7 @@ class _Plan:
         for part in self.parts:
             numbers = _numbers(groups[part.place], float(part.members[0].step))
             grads = [known.p.grad for known in part.members]
-            _launch(part.jobs, [local(g) for g in grads if g is not None], numbers, stochastic_rounding)
+            launch(part.jobs, [local(g) for g in grads if g is not None], numbers, stochastic_rounding)
 
 
 def _addresses(p: Tensor, moments: Sequence[Tensor]) -> tuple[int, ...]:
@@ -155,24 +155,8 @@ def _numbers(group: Mapping[str, Any], steps: float) -> tuple[float, ...]:
     return lr, 1 - lr * group["weight_decay"], beta1, beta2, group["eps"], *corrections
 
 
-def update_by_kernel(
-    updates: Sequence[Update],
-    numbers: tuple[float, ...],
-    *,
-    stochastic_rounding: bool = False,
-) -> None:
-    """Update parameters in place by one kernel for those of a type; on the CPU by Triton's interpreter.
-
-    `numbers` are those of `adamw8bit_kernels.launch`. Parameters that are not bfloat16 are rounded to
-    nearest.
-    """
-    for alike in _of_one_kind(updates):
-        part = [updates[i] for i in alike]
-        _launch(_jobs(part), [grad for _, grad, _, _ in part], numbers, stochastic_rounding)
-
-
-def _of_one_kind(updates: Sequence[Update]) -> list[list[int]]:
-    """Which of them one launch can take, each; empty ones are left out."""
+def of_one_kind(updates: Sequence[Update]) -> list[list[int]]:
+    """Places of those that one launch can take together; empty parameters are left out."""
     alike: dict[tuple[object, ...], list[int]] = {}
     for i, (p, grad, first, _) in enumerate(updates):
         if p.numel() > 0:
@@ -182,8 +166,8 @@ def _of_one_kind(updates: Sequence[Update]) -> list[list[int]]:
     return list(alike.values())
 
 
-def _jobs(updates: Sequence[Update]) -> kernels.Jobs:
-    """Of one kind."""
+def jobs_of(updates: Sequence[Update]) -> kernels.Jobs:
+    """What updates of one kind are launched by."""
     jobs, taken = [], 0
     for p, _, first, second in updates:
         jobs.append(kernels.Job(p, kernels.Moments(*_tensors(first), *_tensors(second)), taken))
@@ -195,9 +179,14 @@ def _jobs(updates: Sequence[Update]) -> kernels.Jobs:
     return kernels.prepare(jobs, maps)
 
 
-def _launch(
+def launch(
     jobs: kernels.Jobs, grads: Sequence[Tensor], numbers: tuple[float, ...], stochastic_rounding: bool
 ) -> None:
+    """Update parameters in place; on the CPU by Triton's interpreter.
+
+    `grads` are in the order of the jobs, `numbers` those of `adamw8bit_kernels.launch`. Parameters that are
+    not bfloat16 are rounded to nearest.
+    """
     rounds = stochastic_rounding and jobs.p_type is torch.bfloat16
     seed = torch.randint(2**62, (), device=jobs.device) if rounds else None
     with on_device_of(jobs.owners):

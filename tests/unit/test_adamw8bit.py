@@ -13,7 +13,7 @@ from interpreter import outcomes_of, run_checks
 from torchao.optim.adam import single_param_adam
 from torchao.optim.subclass_8bit import OptimState8bit
 
-from qrecipes.training.adamw8bit import FusedAdamW8bit, update_by_kernel
+from qrecipes.training.adamw8bit import FusedAdamW8bit, jobs_of, launch, of_one_kind
 
 LR, BETA1, BETA2, DECAY, EPS = 1e-2, 0.9, 0.95, 0.1, 1e-8
 
@@ -26,6 +26,13 @@ def moments(shape: tuple[int, ...], dtype: torch.dtype, quantized: bool) -> list
 
 def plain(moment: torch.Tensor) -> torch.Tensor:
     return moment.dequantize() if isinstance(moment, OptimState8bit) else moment.float()
+
+
+def update_by_kernel(updates, numbers, *, stochastic_rounding=False):
+    """One launch for those of a kind."""
+    for alike in of_one_kind(updates):
+        part = [updates[i] for i in alike]
+        launch(jobs_of(part), [grad for _, grad, _, _ in part], numbers, stochastic_rounding)
 
 
 def steps_of_both(shape, grad_dtype: torch.dtype, quantized: bool):
@@ -243,7 +250,7 @@ def test_on_the_cpu_the_step_is_torchaos():
 @pytest.fixture
 def no_kernel(monkeypatch):
     """Only torchao's step can update, uncompiled."""
-    monkeypatch.setattr("qrecipes.training.adamw8bit._launch", None)
+    monkeypatch.setattr("qrecipes.training.adamw8bit.launch", None)
     with torch.compiler.set_stance("force_eager"):
         yield
 
