@@ -302,6 +302,18 @@ def test_a_merged_weight_lives_as_long_as_its_product(by_offsets, is_compiled):
     y.sum().backward()
 
 
+@pytest.mark.xfail(strict=True, reason="0.241 and 0.188 ms on an H100, against 0.091 and 0.084")
+@pytest.mark.parametrize("format", [NF4Format(), FORMATS[5]], ids=["nf4", "int4"])
+def test_adding_a_low_rank_product_costs_less_than_twice_the_dequantization(format):
+    """It reads and writes as many bytes of memory; what it reads of A and B stays in the L2 cache."""
+    N, K, rank = 11008, 8192, 64
+    payload = random_payload(N, K, format)
+    a, b = (t.bfloat16() for t in low_rank_factors(N, K, rank))
+    plain_ms = median_ms(lambda: dequantize(payload, format, K, torch.bfloat16))
+    ms = median_ms(lambda: dequantize_low_rank(payload, a, b, 0.25, format, K, torch.bfloat16))
+    assert ms < 2 * plain_ms, f"{ms:.3f} ms, {plain_ms:.3f} ms"
+
+
 @pytest.mark.parametrize("format", [NF4Format(), FORMATS[5]], ids=["nf4", "int4"])
 def test_one_product_by_the_merged_weight_is_faster_than_three(format):
     N, K, rank, T = 11008, 4096, 64, 4096
@@ -331,16 +343,27 @@ def test_dequantization_is_about_as_fast_as_a_copy_of_as_many_bytes(format):
     assert copy_ms / dequantize_ms > COPY_FRACTION, f"{copy_ms:.3f} ms, {dequantize_ms:.3f} ms"
 
 
+SLOWER = pytest.mark.xfail(strict=True, reason="0.138 and 0.112 ms on an H100, against 0.085")
+
+
 @pytest.mark.parametrize("format", [FORMATS[4], FORMATS[10]], ids=["int4", "nf4"])
-@pytest.mark.parametrize("T", [1, 16])
-def test_products_of_few_tokens_are_faster_fused(T, format):
-    """Of one token, faster than with a weight in bfloat16, of which there is more to read; of 16, than
-    dequantizing first."""
+@pytest.mark.parametrize("T", [1, pytest.param(16, marks=SLOWER)])
+def test_products_of_few_tokens_are_faster_than_in_bfloat16(T, format):
     N, K = 11008, 8192
     payload = random_payload(N, K, format)
     w = torch.randn(N, K, device="cuda", dtype=torch.bfloat16)
     x = torch.randn(T, K, device="cuda", dtype=torch.bfloat16)
-    fused_ms = median_ms(lambda: dequantize_mm(x, payload, format))
+    low_bit_ms = median_ms(lambda: dequantize_mm(x, payload, format))
     plain_ms = median_ms(lambda: x @ w.t())
+    assert low_bit_ms < plain_ms, f"{low_bit_ms:.3f} ms, {plain_ms:.3f} ms"
+
+
+@pytest.mark.parametrize("format", [FORMATS[4], FORMATS[10]], ids=["int4", "nf4"])
+@pytest.mark.parametrize("T", [1, 16])
+def test_products_of_few_tokens_are_faster_than_dequantizing_first(T, format):
+    N, K = 11008, 8192
+    payload = random_payload(N, K, format)
+    x = torch.randn(T, K, device="cuda", dtype=torch.bfloat16)
+    fused_ms = median_ms(lambda: dequantize_mm(x, payload, format))
     first_ms = median_ms(lambda: x @ dequantize(payload, format, K, torch.bfloat16).t())
-    assert fused_ms < (plain_ms if T == 1 else first_ms), f"{fused_ms:.3f} {plain_ms:.3f} {first_ms:.3f} ms"
+    assert fused_ms < first_ms, f"{fused_ms:.3f} ms, {first_ms:.3f} ms"
