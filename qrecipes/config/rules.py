@@ -9,7 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from qrecipes.config.problems import Problem, attribute, did_you_mean
-from qrecipes.config.run import ConversationSection, Run
+from qrecipes.config.run import ConversationSection, OptimSection, Run
 from qrecipes.errors import ConfigError
 from qrecipes.transforms.base import transform_for
 
@@ -64,7 +64,7 @@ def _optimizer(run: Run) -> Iterator[Problem]:
     if run.parallel.cuda_graphs and run.device == "cpu":
         yield Problem(("parallel", "cuda_graphs"), "true, and device is 'cpu'; set it to false")
     if run.parallel.cuda_graphs and optim.takes_gradients:
-        taker = "in_backward" if optim.in_backward else "offload"
+        taker = _taker(optim)
         yield Problem(
             ("optim", taker),
             f"{getattr(optim, taker)!r} updates in the backward pass, which parallel.cuda_graphs records; "
@@ -73,10 +73,15 @@ def _optimizer(run: Run) -> Iterator[Problem]:
     yield from _hooks(run)
 
 
+def _taker(optim: OptimSection) -> str:
+    """The key by which an optimizer that takes gradients does so."""
+    return "in_backward" if optim.in_backward else "offload"
+
+
 def _hooks(run: Run) -> Iterator[Problem]:
     """What transforms do around the backward pass, against optimizers that leave no room for it."""
     optim = run.optim
-    taker = "in_backward" if optim.in_backward else "offload"
+    taker = _taker(optim)
     keeper = "name" if optim.offload == "none" else "offload"
     remedy = {"in_backward": "in_backward = false", "offload": 'offload = "none"', "name": "another name"}
     for transform in map(transform_for, run.transform):

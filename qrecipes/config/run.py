@@ -379,9 +379,8 @@ class ParallelSection:
     cuda_graphs: bool = False
     """On one GPU, record the forward and backward pass of each shape of micro-batches as a CUDA graph, at the
     third of them, and replay it: the GPU no longer waits for Python, which takes longer than the kernels
-    where these are many and small. QLoRA at 7B with `base_compute = "int8"` trains a third faster so. The
-    memory of the passes stays reserved, gradients too, which otherwise live from the backward pass to the
-    update."""
+    where these are many and small. The memory of the passes stays reserved, gradients too, which otherwise
+    live from the backward pass to the update."""
     reshard_after_forward: bool = True
     """FSDP2: free gathered parameters between forward and backward."""
     reduce_dtype: Literal["float32", "bfloat16"] = "float32"

@@ -32,6 +32,7 @@ MOST_GRAPHS = 16
 """Shapes of micro-batches that are recorded; Python runs further ones."""
 Action: TypeAlias = Callable[[], None]
 Shape: TypeAlias = tuple[Any, ...]
+"""What batches of one recording have in common."""
 
 
 class Passes:
@@ -222,10 +223,10 @@ class _Used:
     owner: dict[str, Any]
     name: str
     tensor: Tensor
-    traits: Shape
+    place: tuple[Any, ...]
 
     def is_unchanged(self) -> bool:
-        return self.owner.get(self.name) is self.tensor and _place(self.tensor) == self.traits
+        return self.owner.get(self.name) is self.tensor and _place(self.tensor) == self.place
 
 
 def _used_by(model: nn.Module) -> Iterator[_Used]:
@@ -236,7 +237,7 @@ def _used_by(model: nn.Module) -> Iterator[_Used]:
                     yield _Used(owner, name, t, _place(t))
 
 
-def _place(t: Tensor) -> Shape:
+def _place(t: Tensor) -> tuple[Any, ...]:
     """Whether it is trained, and where it is stored, or what it is made of."""
     if not is_traceable_wrapper_subclass(t):
         return t.requires_grad, t.data_ptr()
