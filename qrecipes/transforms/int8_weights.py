@@ -2,7 +2,8 @@
 
 T tokens, K input features, N output features, W = q * scale the weight that INT8 values and float32 scales
 stand for. There is no other copy of it: the forward and the backward pass each make one for as long as their
-product takes, and an optimizer's update is added in float32 and rounded back stochastically, so that updates
+product takes, inside one operator, since `torch.compile` would keep that of the forward pass for the backward
+pass otherwise. An optimizer's update is added in float32 and rounded back stochastically, so that updates
 much smaller than a step of the grid arrive on average.
 
 | product                | operands                                                                  |
@@ -18,18 +19,20 @@ How they are written is the optimizer's business: qrecipes.training.stored_weigh
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
 from qrecipes.errors import ConfigError
+from qrecipes.quant.dequantize import dequantize_mm, dequantize_mm_grad_input
+from qrecipes.quant.formats import AffineFormat, Payload
 from qrecipes.quant.int8_matmul import scaled_int8_mm
 from qrecipes.quant.int8_quantize import quantize_rows
 from qrecipes.quant.primitives import as_matrix, bias_gradient
 from qrecipes.quant.stored_int8 import DTYPES, StoredInt8, dequantize_groups, plain_parts
 from qrecipes.transforms.base import Bounds, LinearTransform, TransformConfig, register
+from qrecipes.transforms.frozen import check_width
 from qrecipes.transforms.int8_devices import check_int8_device
 
 if TYPE_CHECKING:
@@ -54,9 +57,9 @@ class Int8WeightConfig(TransformConfig):
     """How weights are stored, and whether the output is computed in INT8."""
 
     free_on_resume: ClassVar[tuple[str, ...]] = ("emulate",)
-    group_size: Annotated[int, Field(ge=1)] | None = None
-    """Input features that share a scale; it divides every layer's. Absent: one scale a row. Groups cost 4
-    bytes each, and less rounding where a row holds a few large weights."""
+    group_size: int | None = None
+    """Input features that share a scale: a multiple of 8 from 16 to 256 that divides every layer's. Absent:
+    one scale a row. Groups cost 4 bytes each, and less rounding where a row holds a few large weights."""
     int8_forward: bool = False
     """Compute the output from INT8 rows of the input and the weights as they are stored, on INT8 tensor
     cores. Needs one scale a row."""
@@ -77,6 +80,15 @@ class Int8WeightConfig(TransformConfig):
                 f"int8_weights.int8_forward: true, but group_size is {self.group_size}, and an INT8 product "
                 "sums a whole row under one scale; remove group_size, or set int8_forward to false"
             )
+        try:
+            self.format()
+        except ValueError as error:
+            message = str(error).removeprefix("AffineFormat.group_size: ")
+            raise ConfigError(f"int8_weights.group_size: {message}") from error
+
+    def format(self) -> AffineFormat:
+        """The format whose payload the INT8 values, seen as bytes, and their scales are."""
+        return AffineFormat(bits=8, group_size=self.group_size)
 
 
 class Int8WeightLinear(nn.Linear):
@@ -85,6 +97,7 @@ class Int8WeightLinear(nn.Linear):
 
     weight: StoredInt8  # type: ignore[assignment] # a Parameter, too
     config: Int8WeightConfig
+    format: AffineFormat
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, config: Int8WeightConfig) -> Int8WeightLinear:
@@ -98,7 +111,7 @@ class Int8WeightLinear(nn.Linear):
         layer = cls(
             linear.in_features, linear.out_features, bias=False, device="meta", dtype=linear.weight.dtype
         )
-        layer.config = config
+        layer.config, layer.format = config, config.format()
         stored = StoredInt8.of(linear.weight, config.group_size)
         layer.weight = nn.Parameter(stored, requires_grad=linear.weight.requires_grad)  # type: ignore[assignment]
         layer.bias = linear.bias
@@ -119,7 +132,10 @@ class Int8WeightLinear(nn.Linear):
             )
         if not input.is_cuda:
             self.config.check_device(input.device)
-        return _StoredLinear.apply(input, weight, weight.q, weight.scale, self.bias, self.config.int8_forward)
+        int8_forward = self.config.int8_forward
+        return _StoredLinear.apply(
+            input, weight, weight.q, weight.scale, self.bias, self.format, int8_forward
+        )
 
     def merged(self) -> nn.Linear:
         """The plain linear layer with the weight that the INT8 values stand for, and the same bias."""
@@ -250,13 +266,17 @@ class _StoredLinear(torch.autograd.Function):
         q_NK: Tensor,
         scale_NG: Tensor,
         bias_N: Tensor | None,
+        format: AffineFormat,
         int8_forward: bool,
     ) -> Tensor:
         ctx.save_for_backward(x, q_NK, scale_NG)
-        if not int8_forward:
-            return nn.functional.linear(x, dequantize_groups(q_NK, scale_NG, x.dtype), bias_N)
-        x_q, x_scale = quantize_rows(as_matrix(x))
-        y_TN = scaled_int8_mm(x_q, q_NK.t(), x_scale, scale_NG.t(), bias_N=bias_N, out_dtype=x.dtype)
+        ctx.format = format
+        x_TK = as_matrix(x)
+        if int8_forward:
+            x_q, x_scale = quantize_rows(x_TK)
+            y_TN = scaled_int8_mm(x_q, q_NK.t(), x_scale, scale_NG.t(), bias_N=bias_N, out_dtype=x.dtype)
+        else:
+            y_TN = dequantize_mm(x_TK, _payload(q_NK, scale_NG), format, bias_N)
         return y_TN.reshape(*x.shape[:-1], q_NK.shape[0])
 
     @staticmethod
@@ -267,16 +287,18 @@ class _StoredLinear(torch.autograd.Function):
                 "derivative; add it to the transform's skip"
             )
         x, q_NK, scale_NG = ctx.saved_tensors
-        needs_x, needs_weight, _, _, needs_bias, _ = ctx.needs_input_grad
+        needs_x, needs_weight, _, _, needs_bias, *_ = ctx.needs_input_grad
         dy_TN = as_matrix(grad_y)
         grad_x = grad_weight_NK = grad_bias_N = None
         if needs_x:
-            grad_x = (dy_TN @ dequantize_groups(q_NK, scale_NG, dy_TN.dtype)).reshape(x.shape)
+            payload = _payload(q_NK, scale_NG)
+            grad_x_TK = dequantize_mm_grad_input(dy_TN, payload, ctx.format, x.shape[-1])
+            grad_x = grad_x_TK.reshape(x.shape)
         if needs_weight:
             grad_weight_NK = dy_TN.t() @ as_matrix(x)
         if needs_bias:
             grad_bias_N = bias_gradient(dy_TN)
-        return grad_x, grad_weight_NK, None, None, grad_bias_N, None
+        return grad_x, grad_weight_NK, None, None, grad_bias_N, None, None
 
 
 def _empty(cls: type[AnyLinear], linear: nn.Linear) -> AnyLinear:
@@ -285,16 +307,17 @@ def _empty(cls: type[AnyLinear], linear: nn.Linear) -> AnyLinear:
     return cls(linear.in_features, linear.out_features, bias=False, device="meta", dtype=dtype)
 
 
+def _payload(q_NK: Tensor, scale_NG: Tensor) -> Payload:
+    """The weight as its format has it, on the same memory."""
+    return q_NK.view(torch.uint8), scale_NG
+
+
 def _check_linear(linear: nn.Linear, config: Int8WeightConfig, name: str) -> None:
     if linear.weight.dtype not in DTYPES:
         raise ConfigError(
             f"int8_weights: {name} has {linear.weight.dtype} weights; a stored weight passes for bfloat16 or "
             "float32; use one of these as model.dtype"
         )
-    size, K = config.group_size, linear.in_features
-    if size is not None and K % size:
-        nearest = min((d for d in range(1, K + 1) if K % d == 0), key=lambda d: abs(d - size))
-        raise ConfigError(
-            f"int8_weights.group_size: {size} does not divide the {K} input features of {name}; "
-            f"use {nearest}, or add the layer to skip"
-        )
+    if config.group_size is not None:
+        check_width(config.format(), linear.in_features, f"int8_weights: {name}")
+

@@ -32,14 +32,16 @@ from qrecipes.transforms.int8_weights import Int8WeightConfig
 
 WIDTHS = (48, 64, 25, 7, 1)
 """25 and 7 rows are not divisible by two ranks, and the last layer has none for the second."""
-CASES = ((torch.float32, None), (torch.bfloat16, None), (torch.bfloat16, 1))
-"""Type and group size; groups of one input fit every width."""
+GROUPED_WIDTHS = (48, 80, 25)
+"""The inputs are divisible by groups of 16."""
+CASES = ((torch.float32, None), (torch.bfloat16, None), (torch.bfloat16, 16))
+"""Type and group size."""
 STEPS = 4
 
 
 def network(dtype: torch.dtype, group_size: int | None, stored: bool, process: Process) -> nn.Module:
     seed_building(0)
-    layers = [nn.Linear(k, n, bias=False, dtype=dtype) for k, n in pairwise(WIDTHS)]
+    layers = [nn.Linear(k, n, bias=False, dtype=dtype) for k, n in pairwise(GROUPED_WIDTHS if group_size else WIDTHS)]
     model = nn.Sequential(*layers)
     if stored:
         model = Chain.from_configs([Int8WeightConfig(group_size=group_size)]).swap(model)
