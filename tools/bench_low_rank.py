@@ -1,7 +1,8 @@
 """Weights with a low-rank correction inside their rounding: against bandwidth and against eager torch.
 
     tools/bench_low_rank.py [--shapes NxK ...] [--storages NAME ...] [--rank R] [--bits B] [--group-size G]
-                            [--tokens T] [--asymmetric] [--float32] [--tiles] [--output FILE.json]
+                            [--tokens T] [--asymmetric] [--float32] [--tiles [KERNEL ...]]
+                            [--output FILE.json]
 
 N output features, K input features, T tokens. Microseconds of the weight in bf16, of its integers and their
 transpose, and of the gradients of A, B and scales from a given dL/dW_hat, each with the fraction of a
@@ -67,7 +68,12 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--asymmetric", action="store_true")
     parser.add_argument("--float32", action="store_true", help="A and B in float32 instead of bfloat16")
-    parser.add_argument("--tiles", action="store_true", help="time other tiles of the kernels instead")
+    parser.add_argument(
+        "--tiles",
+        nargs="*",
+        choices=("weight", "grads"),
+        help="time other tiles of these kernels, or of both",
+    )
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
@@ -75,8 +81,9 @@ def main() -> int:
     shapes = shapes or list(SHAPES)
     device = pick_device("auto")
     meter = Meter(device, args.repeats)
-    if args.tiles:
-        return report_tiles(shapes, args, meter)
+    dtype = torch.float32 if args.float32 else torch.bfloat16
+    if args.tiles is not None:
+        return report_tiles(shapes, dtype, args, meter)
     results = []
     storages: Any = args.storages or MOST_BITS
     for N, K in shapes:
@@ -88,7 +95,6 @@ def main() -> int:
                 storage=storage,
                 scaling=1 / max(args.rank, 1),
             )
-            dtype = torch.float32 if args.float32 else torch.bfloat16
             weight = random_weight(N, rounding, args.rank, dtype, not args.asymmetric, device)
             results.append(measure(weight, args.tokens, meter))
     save(args.output, meter, {"results": results})
@@ -96,19 +102,22 @@ def main() -> int:
     return 0
 
 
-def report_tiles(shapes: list[tuple[int, int]], args: argparse.Namespace, meter: Meter) -> int:
-    """Time other tiles and print what is best; A and B are bfloat16, and there is a scale a row."""
-    from low_rank_tiles import sweep, sweep_table  # needs Triton
+def report_tiles(
+    shapes: list[tuple[int, int]], dtype: torch.dtype, args: argparse.Namespace, meter: Meter
+) -> int:
+    """Time other tiles and print what is best; there is a scale a row."""
+    from low_rank_tiles import TABLES, Kind, sweep, sweep_table  # needs Triton
 
     storages: Any = args.storages or TILED_STORAGES
-    found = sweep(shapes, list(storages), args.rank, args.bits, args.repeats, meter.device)
+    kinds = [Kind(storage, args.rank, args.bits, dtype) for storage in storages]
+    found = sweep(shapes, kinds, args.tiles or list(TABLES), args.repeats, meter.device)
     floors: dict[str, dict[str, float]] = {"weight": {}, "grads": {}}
     for N, K in shapes:
         for storage in storages:
             rounding = LowRankRounding(bits=args.bits, in_features=K, storage=storage)
             phi = encode(torch.zeros(1, K), rounding)
             # phi, W_hat or its gradient, A and B; gradients of these in float32
-            read = N * phi.numel() * phi.element_size() + 2 * N * K + 2 * (N + K) * args.rank
+            read = N * phi.numel() * phi.element_size() + 2 * N * K + dtype.itemsize * (N + K) * args.rank
             floors["weight"][f"{N}x{K} {storage}"] = meter.floor_us(read)
             floors["grads"][f"{N}x{K} {storage}"] = meter.floor_us(read + 4 * (N + K) * args.rank)
     save(args.output, meter, {"tiles": found, "copy_us": floors})

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache, partial
 from multiprocessing import get_context
@@ -34,8 +34,16 @@ WEIGHT_CHOICES = (
 )
 GRADS_CHOICES = tuple(
     Blocks(n, k, w, num_stages=stages)
-    for n, k, w in ((64, 128, 8), (64, 128, 4), (64, 64, 4), (64, 64, 8), (128, 64, 8), (128, 128, 8))
-    for stages in (1, 2)
+    for n, k, w, most in (
+        (32, 128, 4, 2),
+        (64, 64, 4, 3),
+        (64, 128, 4, 3),
+        (64, 256, 4, 2),
+        (64, 256, 8, 2),
+        (128, 128, 4, 2),
+        (128, 128, 8, 2),
+    )
+    for stages in range(1, most + 1)
 )
 PROGRAMS = (256, 384, 768, 1024)
 """Tried in place of GRADIENT_PROGRAMS with the gradients' best tiles."""
@@ -55,13 +63,24 @@ class Exact(NamedTuple):
     wanted: dict[str, list[Tensor]]
 
 
-def exact_case(N: int, K: int, storage: Any, rank: int, bits: int, device: torch.device) -> Exact:
+class Kind(NamedTuple):
+    """What tiles may depend on, beside a weight's sizes."""
+
+    storage: Any
+    """Of phi."""
+    rank: int
+    bits: int
+    dtype: torch.dtype
+    """Of A and B."""
+
+
+def exact_case(N: int, K: int, kind: Kind, device: torch.device) -> Exact:
     """Z has fractions, halves among them; sums of gradients are whole numbers times a power of two."""
     torch.manual_seed(0)
-    weight = LowRankRounding(bits=bits, in_features=K, storage=storage, scaling=1 / 32)
-    phi = encode(torch.randn(N, K, device=device) * 2 ** (bits - 2), weight)
+    weight = LowRankRounding(bits=kind.bits, in_features=K, storage=kind.storage, scaling=1 / 32)
+    phi = encode(torch.randn(N, K, device=device) * 2 ** (kind.bits - 2), weight)
     whole = partial(torch.randint, device=device)
-    a, b = (whole(-2, 3, shape).bfloat16() for shape in ((N, rank), (rank, K)))
+    a, b = (whole(-2, 3, shape).to(kind.dtype) for shape in ((N, kind.rank), (kind.rank, K)))
     scale = 2.0 ** whole(-8, -6, (N, 1))
     grad = whole(-2, 3, (N, K)).bfloat16()
     parts = (phi, a, b, scale, None, weight)
@@ -85,9 +104,9 @@ def chosen(kernel: str, blocks: Blocks) -> Any:
     return mock.patch.object(kernels, TABLES[kernel][0], {"": blocks})
 
 
-def compile_choice(kernel: str, blocks: Blocks, K: int, storage: str, rank: int, bits: int) -> str | None:
+def compile_choice(kernel: str, blocks: Blocks, K: int, kind: Kind) -> str | None:
     """Leave the kernel in Triton's cache, from a process of its own; an error in words."""
-    case = _compiling_case(K, storage, rank, bits)
+    case = _compiling_case(K, kind)
     try:
         with chosen(kernel, blocks):
             call_of(kernel, case)()
@@ -97,23 +116,23 @@ def compile_choice(kernel: str, blocks: Blocks, K: int, storage: str, rank: int,
 
 
 @cache
-def _compiling_case(K: int, storage: str, rank: int, bits: int) -> Exact:
-    return exact_case(COMPILING_ROWS, K, storage, rank, bits, torch.device("cuda"))
+def _compiling_case(K: int, kind: Kind) -> Exact:
+    return exact_case(COMPILING_ROWS, K, kind, torch.device("cuda"))
 
 
-def compile_all(Ks: set[int], storages: list[str], rank: int, bits: int) -> dict[tuple[Any, ...], str]:
+def compile_all(Ks: set[int], kinds: list[Kind], swept: Sequence[str]) -> dict[tuple[Any, ...], str]:
     """Every choice in parallel; the errors of those that cannot be."""
     tasks = [
-        (kernel, blocks, K, storage, rank, bits)
+        (kernel, blocks, K, kind)
         for K in sorted(Ks)
-        for storage in storages
-        for kernel, (_, choices) in TABLES.items()
-        for blocks in choices
+        for kind in kinds
+        for kernel in swept
+        for blocks in TABLES[kernel][1]
     ]
     workers = max(min(16, os.cpu_count() or 1, len(tasks)), 1)
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         errors = pool.map(compile_choice, *zip(*tasks, strict=True))
-        return {task[:4]: error for task, error in zip(tasks, errors, strict=True) if error is not None}
+        return {task: error for task, error in zip(tasks, errors, strict=True) if error is not None}
 
 
 def device_us(case: Callable[[], object], device: torch.device, repeats: int) -> float:
@@ -135,24 +154,28 @@ def device_us(case: Callable[[], object], device: torch.device, repeats: int) ->
 
 def sweep(
     shapes: list[tuple[int, int]],
-    storages: list[str],
-    rank: int,
-    bits: int,
+    kinds: list[Kind],
+    swept: Sequence[str],
     repeats: int,
     device: torch.device,
 ) -> dict[str, Any]:
-    """Microseconds by kernel, choice and column, which is a shape and storage; and the best choices."""
-    errors = compile_all({K for _, K in shapes}, storages, rank, bits) if device.type == "cuda" else {}
-    times: dict[str, dict[str, dict[str, float | str]]] = {kernel: {} for kernel in TABLES}
-    best: dict[str, dict[str, dict[str, Any]]] = {kernel: {} for kernel in TABLES}
-    for storage in storages:
-        cases = {shape: exact_case(*shape, storage, rank, bits, device) for shape in shapes}
-        for kernel, (table, choices) in TABLES.items():
+    """Microseconds by kernel, choice and column, which is a shape and storage; and the best choices.
+
+    `swept` are keys of TABLES.
+    """
+    errors = compile_all({K for _, K in shapes}, kinds, swept) if device.type == "cuda" else {}
+    times: dict[str, dict[str, dict[str, float | str]]] = {kernel: {} for kernel in swept}
+    best: dict[str, dict[str, dict[str, Any]]] = {kernel: {} for kernel in swept}
+    for kind in kinds:
+        storage = kind.storage
+        cases = {shape: exact_case(*shape, kind, device) for shape in shapes}
+        for kernel in swept:
+            table, choices = TABLES[kernel]
             found = {}
             for blocks in choices:
                 row = {}
                 for shape, case in cases.items():
-                    error = errors.get((kernel, blocks, shape[1], storage))
+                    error = errors.get((kernel, blocks, shape[1], kind))
                     with chosen(kernel, blocks):
                         row[shape] = error or _checked_us(kernel, case, device, repeats)
                 _enter(times[kernel], _name(blocks), storage, row)
@@ -161,7 +184,8 @@ def sweep(
             if not found:
                 continue
             first = min(found, key=found.__getitem__)
-            default = kernels.blocks_of(getattr(kernels, table), cases[shapes[0]].parts[-1], None)
+            _, a_NR, *_, weight = cases[shapes[0]].parts
+            default = kernels.blocks_of(getattr(kernels, table), weight, a_NR)
             best[kernel][storage] = {"blocks": _name(first), "us": found[first], "default": _name(default)}
             best[kernel][storage]["default_us"] = found.get(default)
             if kernel == "grads":

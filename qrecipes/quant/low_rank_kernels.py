@@ -45,13 +45,13 @@ WEIGHT_BLOCKS = {
     "": Blocks(64, 128, 8),
     "fixed_point8": Blocks(64, 128, 4, repeats=8, num_stages=3),
     "int4": Blocks(64, 64, 4, repeats=8, num_stages=3),
-    "float32": Blocks(64, 128, 8),
+    "float32": Blocks(64, 64, 4, repeats=8, num_stages=3),
 }
 GRADS_BLOCKS = {
     "": Blocks(64, 128, 8),
     "fixed_point8": Blocks(64, 128, 4),
     "int4": Blocks(64, 128, 4),
-    "float32": Blocks(64, 64, 4, num_stages=1),
+    "float32": Blocks(64, 64, 4),
 }
 """By the storage of phi, or where A is in float32 by that; the first for all others. Whatever is chosen here,
 bits differ by the order of sums of gradients alone: see tools/bench_low_rank.py --tiles."""

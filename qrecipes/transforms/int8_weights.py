@@ -320,4 +320,3 @@ def _check_linear(linear: nn.Linear, config: Int8WeightConfig, name: str) -> Non
         )
     if config.group_size is not None:
         check_width(config.format(), linear.in_features, f"int8_weights: {name}")
-

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from itertools import combinations
 
 import pytest
 import torch
@@ -84,9 +85,13 @@ def test_stochastic_rounding_draws_anew_in_each_replay(compile):
     run = replace(run, transform=(replace(run.transform[0], stochastic_rounding=True),))
     trial = Trial.of(run, Process(0, 1, torch.device("cuda", torch.cuda.current_device()), None))
     batch, divisor = trial.data.next_batch(), torch.ones(())
-    losses = [float(trial.passes(trial.model, trial.task, batch, divisor)) for _ in range(8)]
+    drawn = []
+    for _ in range(8):
+        trial.model.zero_grad()
+        trial.passes(trial.model, trial.task, batch, divisor)
+        drawn.append(torch.cat([p.grad.flatten() for p in trial.model.parameters()]))
     assert len(trial.passes._recordings) == 1
-    assert len(set(losses)) == len(losses)
+    assert not any(torch.equal(a, b) for a, b in combinations(drawn, 2))
 
 
 def test_passes_that_wait_for_the_device_are_refused():

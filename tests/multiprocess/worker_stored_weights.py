@@ -41,7 +41,10 @@ STEPS = 4
 
 def network(dtype: torch.dtype, group_size: int | None, stored: bool, process: Process) -> nn.Module:
     seed_building(0)
-    layers = [nn.Linear(k, n, bias=False, dtype=dtype) for k, n in pairwise(GROUPED_WIDTHS if group_size else WIDTHS)]
+    layers = [
+        nn.Linear(k, n, bias=False, dtype=dtype)
+        for k, n in pairwise(GROUPED_WIDTHS if group_size else WIDTHS)
+    ]
     model = nn.Sequential(*layers)
     if stored:
         model = Chain.from_configs([Int8WeightConfig(group_size=group_size)]).swap(model)

@@ -356,7 +356,9 @@ def test_int8_forward_with_groups_is_refused():
 def test_a_group_size_that_does_not_divide_names_the_layer_and_the_nearest_that_does():
     network = nn.Sequential(nn.Linear(48, 24), nn.Linear(24, 8))
     chain = Chain.from_configs([Int8WeightConfig(group_size=16)])
-    with pytest.raises(ConfigError, match=r"int8_weights: 1: group_size 16 .* 24 input .*; use group_size 24"):
+    with pytest.raises(
+        ConfigError, match=r"int8_weights: 1: group_size 16 .* 24 input .*; use group_size 24"
+    ):
         chain.swap(network)
     assert all(type(module) is nn.Linear for module in network)  # the model is as it was
     with pytest.raises(ConfigError, match=r"32 does not divide 48 input features; use group_size 24, or"):
