@@ -117,7 +117,8 @@ class FullQATLinear(QATLinear):
 
 
 class _FullQATLinear(torch.autograd.Function):
-    """Y = X W_hat^T + b and its gradients; keeps X, or its integers, and the parameters."""
+    """Y = X W_hat^T + b and its gradients; keeps X, or its integers, and the parameters. In a compiled block
+    that is not checkpointed the compiler keeps W_hat, too."""
 
     @staticmethod
     def forward(
