@@ -34,16 +34,16 @@ WEIGHT_CHOICES = (
 )
 GRADS_CHOICES = tuple(
     Blocks(n, k, w, num_stages=stages)
-    for n, k, w, most in (
-        (32, 128, 4, 2),
-        (64, 64, 4, 3),
-        (64, 128, 4, 3),
-        (64, 256, 4, 2),
-        (64, 256, 8, 2),
-        (128, 128, 4, 2),
-        (128, 128, 8, 2),
+    for n, k, w in (
+        (32, 128, 4),
+        (64, 64, 4),
+        (64, 128, 4),
+        (64, 256, 4),
+        (64, 256, 8),
+        (128, 128, 4),
+        (128, 128, 8),
     )
-    for stages in range(1, most + 1)
+    for stages in (1, 2)  # as many as `kernels.num_stages` allows; less where memory is short
 )
 PROGRAMS = (256, 384, 768, 1024)
 """Tried in place of GRADIENT_PROGRAMS with the gradients' best tiles."""
@@ -186,8 +186,13 @@ def sweep(
             first = min(found, key=found.__getitem__)
             _, a_NR, *_, weight = cases[shapes[0]].parts
             default = kernels.blocks_of(getattr(kernels, table), weight, a_NR)
-            best[kernel][storage] = {"blocks": _name(first), "us": found[first], "default": _name(default)}
-            best[kernel][storage]["default_us"] = found.get(default)
+            best[kernel][storage] = {
+                "entry": "float32" if kind.dtype is torch.float32 else storage,
+                "blocks": _name(first),
+                "us": found[first],
+                "default": _name(default),
+                "default_us": found.get(default),
+            }
             if kernel == "grads":
                 for programs in PROGRAMS:
                     with mock.patch.object(kernels, "GRADIENT_PROGRAMS", programs), chosen(kernel, first):
@@ -229,7 +234,7 @@ def sweep_table(found: dict[str, Any], floors: dict[str, dict[str, float]]) -> s
     for kernel, by_storage in found["best"].items():
         for storage, best in by_storage.items():
             lines.append(
-                f"{TABLES[kernel][0]}[{storage!r}] = {best['blocks']}: {best['us']} us a block of layers; "
-                f"default {best['default']}: {best['default_us']}"
+                f"{TABLES[kernel][0]}[{best['entry']!r}] = {best['blocks']}: {best['us']} us a block of "
+                f"layers in {storage}; default {best['default']}: {best['default_us']}"
             )
     return "\n".join(lines)

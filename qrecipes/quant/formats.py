@@ -71,9 +71,14 @@ class AffineFormat:
         if size is not None and (
             not LEAST_GROUP <= size <= GREATEST_GROUP or size % GROUP_STEP or not isinstance(size, int)
         ):
+            wrong = (
+                "out of range"
+                if isinstance(size, int) and size % GROUP_STEP == 0
+                else f"no multiple of {GROUP_STEP}"
+            )
             raise ValueError(
-                f"{where}.group_size: {size!r} is no multiple of {GROUP_STEP} from {LEAST_GROUP} to "
-                f"{GREATEST_GROUP}; use such a number, or one scale for the whole row"
+                f"{where}.group_size: {size!r} is {wrong}; use a multiple of {GROUP_STEP} from {LEAST_GROUP} "
+                f"to {GREATEST_GROUP}, or one scale for the whole row"
             )
         if self.zero_point not in ("integer", "float"):
             raise ValueError(f"{where}.zero_point: {self.zero_point!r}; use 'integer' or 'float'")

@@ -184,6 +184,10 @@ def tune(M: int, N: int, K: int, device: torch.device | str = "cuda") -> Tiles:
         RuntimeError: if the device has no TMA, or a CUDA graph is being captured.
     """
     device = torch.device(device)
+    if device.type != "cuda":
+        raise RuntimeError(
+            f"tune.device: {device} has no TMA; only kernels on a CUDA device have tiles to choose; use one"
+        )
     if device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
     limits = device_limits(device)
@@ -287,6 +291,11 @@ def _check(
     _check_operands(where, a_MK, b_KN, out_dtype)
     M, N = a_MK.shape[0], b_KN.shape[1]
     for name, t, shape in (("row_scale_M1", row_scale_M1, (M, 1)), ("col_scale_1N", col_scale_1N, (1, N))):
+        if not isinstance(t, Tensor):
+            raise ValueError(
+                f"{where}.{name}: {t!r}, where a tensor of scales of shape (1, 1) or {shape} is needed; use "
+                "torch.tensor([[scale]]) on the operands' device"
+            )
         if (t.shape != shape and t.shape != (1, 1)) or not t.is_floating_point():
             raise ValueError(
                 f"{where}.{name}: {t.dtype} of shape {tuple(t.shape)}, where floating scales of shape "

@@ -29,9 +29,10 @@ class StoredInt8(torch.Tensor):
     """A matrix [N, K] held as INT8 `q`, [N, K], and float32 `scale`, [N, G]: q * scale, group by group.
 
     It passes for a matrix of `dtype` and takes a gradient of that type. What only reads it computes on a
-    dequantized copy. It is written by `requantize_`, or by `copy_`, which rounds to nearest; every other
-    operation in place is refused, since it would change that copy. What shards, copies, moves and saves a
-    parameter works on the two parts. `num_rows` is N over all ranks.
+    dequantized copy, and so do its views, but for whole rows. It is written by `requantize_`, or by `copy_`,
+    which rounds to nearest; every other write, of many tensors at once, as `out` or into a view, is refused,
+    since it would change that copy: the steps of torch's own optimizers, too. What shards, copies, moves and
+    saves a parameter works on the two parts. `num_rows` is N over all ranks.
     """
 
     q: Tensor
@@ -121,18 +122,7 @@ class StoredInt8(torch.Tensor):
             result = handler(func, *args, **(kwargs or {}))
             if result is not NotImplemented:
                 return result
-        written = [
-            given
-            for given, declared in zip(args, func._schema.arguments, strict=False)
-            if declared.alias_info is not None and declared.alias_info.is_write
-        ]
-        if any(isinstance(tensor, cls) for tensor in written):
-            raise NotImplementedError(
-                f"StoredInt8: {func} would write into a dequantized copy, and be lost; compute the new value "
-                "and give it to requantize_"
-            )
-        args, kwargs = tree_map_only(cls, lambda s: s.dequantize().to(s.dtype), (args, kwargs or {}))
-        return func(*args, **kwargs)
+        return _on_copies(func, args, kwargs or {}, cls, lambda stored: stored.dequantize().to(stored.dtype))
 
     def fsdp_pre_all_gather(self, mesh: DeviceMesh) -> tuple[tuple[Tensor, Tensor], None]:
         """INT8 values and scales of this rank's rows, filled up to as many rows as the first rank has.
@@ -162,6 +152,64 @@ class StoredInt8(torch.Tensor):
     def __repr__(self) -> str:  # type: ignore[override]
         shape, groups = tuple(self.shape), self.scale.shape[1]
         return f"StoredInt8(shape={shape}, groups={groups}, dtype={self.dtype}, device={self.device})"
+
+
+class DequantizedView(torch.Tensor):
+    """What a view of a stored weight reads, a copy, which refuses to be written: that would be lost."""
+
+    value: Tensor
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @staticmethod
+    def __new__(cls, value: Tensor) -> DequantizedView:
+        """The copy itself, as a view."""
+        view = torch.Tensor._make_wrapper_subclass(
+            cls, value.shape, strides=value.stride(), dtype=value.dtype, device=value.device
+        )
+        view.value = value
+        return view
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["value"], None
+
+    @staticmethod
+    def __tensor_unflatten__(
+        parts: dict[str, Tensor], settings: None, outer_size: torch.Size, outer_stride: Sequence[int]
+    ) -> DequantizedView:
+        return DequantizedView(parts["value"])
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return _on_copies(func, args, kwargs or {}, cls, lambda view: view.value)
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        return f"DequantizedView({self.value})"
+
+
+def _on_copies(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], cls: type, copy: Callable[[Any], Tensor]
+) -> Any:
+    """What an operator gives of copies of the `cls` among its arguments; views as `DequantizedView`.
+
+    Raises:
+        NotImplementedError: if it writes into one.
+    """
+    aliased: dict[bool, list[Any]] = {False: [], True: []}
+    for place, declared in enumerate(func._schema.arguments):
+        if declared.alias_info is not None:
+            given = args[place] if place < len(args) else kwargs.get(declared.name)
+            several = given if isinstance(given, list | tuple) else [given]
+            aliased[declared.alias_info.is_write] += [tensor for tensor in several if isinstance(tensor, cls)]
+    if aliased[True]:
+        raise NotImplementedError(
+            f"StoredInt8: {func} would write into a dequantized copy, and be lost; train the weight with an "
+            "optimizer of qrecipes.training.optim.build_optimizer, or compute the new value and give it to "
+            "requantize_"
+        )
+    result = func(*tree_map_only(cls, copy, args), **tree_map_only(cls, copy, kwargs))
+    return tree_map_only(Tensor, DequantizedView, result) if aliased[False] else result
 
 
 def dequantize_groups(q_NK: Tensor, scale_NG: Tensor, dtype: torch.dtype) -> Tensor:

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from qrecipes.training.optimizer_verbs import AveragesWeights, GradientTap, loss_of
+from qrecipes.training.optimizer_verbs import AveragesWeights, FixedParameters, GradientTap, loss_of
 
 Construct = Callable[[list[dict[str, Any]]], Optimizer]
 
 
-class InBackward(Optimizer):
+class InBackward(FixedParameters):
     """One inner optimizer a parameter, each stepping within `taking_gradients`; `step()` updates from the
     gradients that are still there.
 

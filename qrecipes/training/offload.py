@@ -18,14 +18,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from qrecipes.training.in_backward import Construct
-from qrecipes.training.optimizer_verbs import GradientTap, loss_of
+from qrecipes.training.optimizer_verbs import FixedParameters, GradientTap, loss_of
 
 MOST_LEAVING = 2
 """Gradients on their way to the CPU. The backward pass is queued faster than it runs: without a limit every
 gradient would be allocated before the first has left."""
 
 
-class Offloaded(Optimizer):
+class Offloaded(FixedParameters):
     """Steps on the CPU, on a float32 copy of each weight, and writes the result back, rounded to nearest.
 
     Nothing on the device but weights and gradients; with `gradients`, these leave it, too, as soon as they

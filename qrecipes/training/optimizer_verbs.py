@@ -26,6 +26,29 @@ class AveragesWeights(Protocol):
         """Put the weights in place that are trained, as a function of the optimizer's state alone."""
 
 
+class FixedParameters(Optimizer):
+    """An optimizer made of others, whose parameters are those that it was made with."""
+
+    _is_made = False
+
+    def __init__(self, params: Iterable[Any], defaults: dict[str, Any]) -> None:
+        super().__init__(params, defaults)
+        self._is_made = True
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Not supported: what is added would never train.
+
+        Raises:
+            NotImplementedError: once the optimizer is made.
+        """
+        if self._is_made:
+            raise NotImplementedError(
+                f"{type(self).__name__}.add_param_group: it updates what it was made with, and nothing else; "
+                "make a new optimizer of all parameters with build_optimizer"
+            )
+        super().add_param_group(param_group)
+
+
 def loss_of(closure: Callable[[], Any] | None) -> Any:
     """What `step(closure)` returns: the closure's loss, computed with gradients, or None without one."""
     if closure is None:

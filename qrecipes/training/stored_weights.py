@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 from qrecipes.errors import ConfigError
 from qrecipes.quant.sharded import is_composite, local
 from qrecipes.training.exact_state import load_exactly
-from qrecipes.training.optimizer_verbs import loss_of
+from qrecipes.training.optimizer_verbs import FixedParameters, loss_of
 from qrecipes.training.stochastic_adamw import round_to_bfloat16_stochastically
 
 BUCKET_WEIGHTS = 1 << 24
@@ -64,7 +64,7 @@ def with_stored_weights(settings: Sequence[dict[str, Any]], construct: Construct
     return construct(list(settings))
 
 
-class StoredWeightOptimizer(Optimizer):
+class StoredWeightOptimizer(FixedParameters):
     """Several optimizers, one for the plain parameters and one for each bucket of stored ones, as one.
 
     `param_groups` are those of `settings`, with the parameters themselves: what is set there, such as a

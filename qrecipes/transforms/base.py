@@ -32,14 +32,18 @@ class TransformConfig(AOBaseConfig):
     """Keys that every method's TOML table has; each method's own dataclass adds its keys.
 
     It is also a torchao configuration: `torchao.quantization.quantize_(model, config)` replaces layers as
-    `Chain.swap` does. There `filter_fn` alone selects layers, and `targets` and `skip` are not read.
+    `Chain.swap` does. There `filter_fn` alone selects layers: `targets`, `skip` and sizes are not read, and
+    without one every linear layer is taken, the last one, too. `selects` is one that reads the names.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
     targets: tuple[str, ...] = ("*",)
     """Fully qualified names of the layers to change, as shell patterns in which `*` also matches dots."""
-    skip: tuple[str, ...] = ("output", "head", "*.output", "*.head", "*.head.*", "head.*", "fc", "classifier")
+    skip: tuple[str, ...] = (
+        *("output", "head", "lm_head", "*.output", "*.head", "*.lm_head", "*.head.*", "head.*"),
+        *("fc", "classifier"),
+    )
     """Layers to leave alone, in the same patterns; wins over `targets`."""
 
     free_on_resume: ClassVar[tuple[str, ...]] = ()
@@ -60,6 +64,10 @@ class TransformConfig(AOBaseConfig):
         """The method and every field that must be equal for a checkpoint to fit a run."""
         fixed = {key: value for key, value in asdict(self).items() if key not in self.free_on_resume}
         return {"method": type(self).__name__} | fixed
+
+    def selects(self, module: nn.Module, fqn: str) -> bool:
+        """Whether a linear layer is selected by its name: a `filter_fn` for torchao's `quantize_`."""
+        return isinstance(module, nn.Linear) and self.reason_to_skip(fqn) is None
 
     def reason_to_skip(self, fqn: str) -> str | None:
         """Why the layer called `fqn` is left alone by name, or None where it is selected."""

@@ -253,7 +253,7 @@ def check_width(format: WeightFormat, in_features: int, where: str, row: str = "
         else:
             format.check_width(in_features, where)
     except ValueError as error:
-        raise ConfigError(str(error)) from error
+        raise ConfigError(f"{error}: add it to skip") from error
 
 
 def plain_linear(weight_NK: Tensor, like: nn.Linear | QuantLinear, dtype: torch.dtype) -> nn.Linear:

@@ -84,7 +84,7 @@ class Int8WeightConfig(TransformConfig):
             self.format()
         except ValueError as error:
             message = str(error).removeprefix("AffineFormat.group_size: ")
-            raise ConfigError(f"int8_weights.group_size: {message}") from error
+            raise ConfigError(f"int8_weights.group_size: {message} (leave it out)") from error
 
     def format(self) -> AffineFormat:
         """The format whose payload the INT8 values, seen as bytes, and their scales are."""
@@ -319,4 +319,5 @@ def _check_linear(linear: nn.Linear, config: Int8WeightConfig, name: str) -> Non
             "float32; use one of these as model.dtype"
         )
     if config.group_size is not None:
-        check_width(config.format(), linear.in_features, f"int8_weights: {name}")
+        row = "no group_size (one scale a row)"
+        check_width(config.format(), linear.in_features, f"int8_weights: {name}", row)

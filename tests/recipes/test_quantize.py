@@ -239,7 +239,7 @@ GPTQ = ("--method", "gptq", "--bits", "4", *ROWS)
             "48 does not divide 64 input features of layers.0.attn.q_proj and 29 more (use 32), nor 172 "
             "input features of layers.0.mlp.w2 and 4 more (use row); choose another, or leave layers alone",
         ),
-        (("--bits", "4", "--group-size", "12"), "--group-size: 12 is no multiple of 8 from 16 to 256; use "),
+        (("--bits", "4", "--group-size", "12"), "--group-size: 12 is no multiple of 8; use a multiple"),
         (("--bits", "4", "--group-size", "all"), "--group-size: 'all'; use a number, or 'row'"),
         (
             ("--bits", "4", "--zero-point", "float"),

@@ -83,8 +83,8 @@ def test_bits_per_weight_are_those_of_the_parts(format, bits):
     ("arguments", "message"),
     [
         ({"bits": 5}, "bits: 5; use one of 2, 3, 4, 8"),
-        ({"group_size": 12}, "group_size: 12 is no multiple of 8 from 16 to 256"),
-        ({"group_size": 512}, "group_size: 512 is no multiple"),
+        ({"group_size": 12}, "group_size: 12 is no multiple of 8; use a multiple of 8 from 16 to 256"),
+        ({"group_size": 512}, "group_size: 512 is out of range; use a multiple of 8"),
         ({"group_size": 36}, "group_size: 36 is no multiple"),
         ({"group_size": 32.0}, "group_size: 32.0 is no multiple"),
         ({"zero_point": "int"}, "zero_point: 'int'; use 'integer' or 'float'"),

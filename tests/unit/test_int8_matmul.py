@@ -30,6 +30,7 @@ from qrecipes.quant.int8_matmul import (
     tile_scaled_int8_mm,
     tile_scaled_int8_mm_reference,
     tile_scaled_int8_mm_triton,
+    tune,
 )
 
 REPOSITORY = Path(__file__).parents[2]
@@ -266,6 +267,7 @@ def replaced(position: int, value: torch.Tensor) -> list[torch.Tensor]:
             r"row_scale_M1: .* of shape \(3,\), where .* \(3, 1\) are needed; reshape",
         ),
         (replaced(2, torch.ones(2, 1)), r"row_scale_M1: .* of shape \(2, 1\)"),
+        (replaced(3, 0.5), r"col_scale_1N: 0.5, where a tensor of scales .* is needed; use torch.tensor"),
         (replaced(2, torch.ones(3, 1, dtype=torch.int32)), "row_scale_M1: torch.int32"),
         (replaced(3, torch.ones(4, 1)), r"col_scale_1N: .* of shape \(4, 1\), where .* \(1, 4\) are needed"),
         (replaced(3, torch.ones(1, 4, device="meta")), "col_scale_1N: on meta, but a_MK is on cpu; move it"),
@@ -275,6 +277,11 @@ def replaced(position: int, value: torch.Tensor) -> list[torch.Tensor]:
 def test_wrong_operands_are_refused(function, arguments, message):
     with pytest.raises(ValueError, match=f"{function.__name__}.{message}"):
         function(*arguments)
+
+
+def test_tuning_on_a_cpu_is_refused():
+    with pytest.raises(RuntimeError, match=r"tune.device: cpu has no TMA; only kernels on a CUDA device"):
+        tune(16, 16, 16, "cpu")
 
 
 def test_integer_output_is_refused():

@@ -338,6 +338,15 @@ def test_torchao_quantize_applies_the_configuration():
     assert sqnr_db(plain, network(x)) > 30  # two layers of about 40 dB
 
 
+def test_torchao_quantize_may_leave_alone_what_is_skipped_by_name():
+    network = nn.ModuleDict({name: nn.Linear(8, 8) for name in ("body", "lm_head", "output", "other")})
+    config = Int8MixedPrecisionConfig(**EMULATED)
+    quantize_(network, config, filter_fn=config.selects)
+    assert [name for name, m in network.items() if type(m) is nn.Linear] == ["lm_head", "output"]
+    assert not config.selects(nn.ReLU(), "body")
+    assert not config.selects(network["other"], "model.lm_head")
+
+
 def test_swap_then_finalize_gives_the_plain_model_back():
     network = nn.Sequential(nn.Linear(40, 24), nn.ReLU(), nn.Linear(24, 8))
     x = torch.randn(9, 40)

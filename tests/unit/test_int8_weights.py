@@ -365,9 +365,21 @@ def test_a_group_size_that_does_not_divide_names_the_layer_and_the_nearest_that_
         swapped(nn.Linear(48, 24), group_size=32)
 
 
-@pytest.mark.parametrize("size", [0, 8, 20, 264])
-def test_group_sizes_that_no_format_has_are_refused(size):
-    with pytest.raises(ConfigError, match=rf"int8_weights.group_size: {size} is no multiple of 8 from 16"):
+def test_a_layer_that_no_group_size_divides_says_what_to_do():
+    match = (
+        r"int8_weights: 0: group_size 16 .* 100 input .*; use no group_size \(one scale a row\), or .* skip"
+    )
+    with pytest.raises(ConfigError, match=match):
+        Chain.from_configs([Int8WeightConfig(group_size=16)]).swap(nn.Sequential(nn.Linear(100, 24)))
+
+
+@pytest.mark.parametrize(
+    ("size", "wrong"), [(0, "out of range"), (8, "out of range"), (20, "no multiple of 8"), (512, "out of")]
+)
+def test_group_sizes_that_no_format_has_are_refused(size, wrong):
+    use = r"use a multiple of 8 from 16 to 256, or one scale for the whole row \(leave it out\)"
+    match = rf"^int8_weights.group_size: {size} is {wrong}.*; {use}"
+    with pytest.raises(ConfigError, match=match):
         Int8WeightConfig(group_size=size)
 
 

@@ -64,6 +64,16 @@ def test_float32_weights_get_the_ordinary_update(no_gpu_needed, name, offload):
         torch.testing.assert_close(a.grad_norm, b.grad_norm, rtol=1e-5, atol=0)  # as do five updates
 
 
+def test_parameters_that_come_later_are_refused(no_gpu_needed):
+    """They would have no host memory, and never train."""
+    optimizer = build_optimizer(
+        [ParamGroup("rest", list(model_of(torch.float32).parameters()))], OptimSection(offload="state")
+    )
+    with pytest.raises(NotImplementedError, match=r"Offloaded.add_param_group: .* with build_optimizer"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(3))]})
+    assert len(optimizer.param_groups) == 2  # decayed and not
+
+
 def test_clipping_reaches_the_offloaded_update(no_gpu_needed):
     settings = {"name": "sgd", "betas": (0.0, 0.9), "lr": 1.0, "weight_decay": 0.0, "offload": "state"}
     model = model_of(torch.float32)

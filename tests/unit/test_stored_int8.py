@@ -211,13 +211,65 @@ def test_reading_computes_on_the_dequantized_weight():
     assert torch.equal(target, plain.float())
 
 
-def test_other_writes_are_refused():
+LOST = r"lost; train the weight with .*build_optimizer, or compute the new value and give it to requantize_"
+WRITES = {
+    "add_": lambda w: w.add_(1),
+    "zero_": lambda w: w.zero_(),
+    "mul_": lambda w: w.mul_(2),
+    "fill_": lambda w: w.fill_(2),
+    "foreach_add_": lambda w: torch._foreach_add_([torch.zeros(6, 40), w], 1),
+    "foreach_zero_": lambda w: torch._foreach_zero_([w]),
+    "foreach_copy_": lambda w: torch._foreach_copy_([w], [torch.ones(6, 40)]),
+    "out": lambda w: torch.add(w, 1, out=w),
+    "an entry": lambda w: w.__setitem__((0, 0), 1.0),
+    "a row": lambda w: w.__setitem__(0, 0.0),
+    "columns": lambda w: w[:, :2].zero_(),
+    "a view of a view": lambda w: w.t()[3].view(2, 3).zero_(),
+    "a transpose": lambda w: w.t().copy_(torch.ones(40, 6)),
+    "unbound": lambda w: w.unbind(1)[0].add_(1),
+    "rows": lambda w: w[1:3].zero_(),
+}
+
+
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
+def test_other_writes_are_refused(write):
     stored = StoredInt8.of(torch.randn(6, 40))
-    for write in (lambda: stored.add_(1), lambda: stored.zero_(), lambda: stored.mul_(2)):
-        with pytest.raises(
-            NotImplementedError, match=r"lost; compute the new value and give it to requantize_"
-        ):
-            write()
+    before = stored.dequantize()
+    with pytest.raises(NotImplementedError, match=LOST):
+        write(stored)
+    assert torch.equal(stored.dequantize(), before)
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD])
+@pytest.mark.parametrize("way", ["fused", "foreach", "neither"])
+def test_optimizers_that_do_not_know_it_are_refused(optimizer, way):
+    """Several write many tensors by one operator, which would have changed copies."""
+    weight = nn.Parameter(StoredInt8.of(torch.randn(6, 40)))
+    ways = {name: name == way for name in ("fused", "foreach")}
+    optimizer = optimizer([weight, nn.Parameter(torch.zeros(3))], lr=0.1, **ways)
+    for p in optimizer.param_groups[0]["params"]:
+        p.grad = torch.ones(p.shape)
+    with pytest.raises(NotImplementedError, match=LOST):
+        optimizer.step()
+
+
+def test_views_read_the_dequantized_weight_and_have_its_gradient():
+    stored = StoredInt8.of(torch.randn(6, 40))
+    plain = stored.dequantize()
+    views = {
+        "column": lambda w: w[:, 3],
+        "transpose": lambda w: w.t()[2:],
+        "flat": lambda w: w.t().reshape(-1),
+    }
+    for name, view in views.items():
+        assert torch.equal(view(stored) * 2, view(plain) * 2), name
+        assert torch.equal(view(stored).clone(), view(plain)), name
+        weight = nn.Parameter(stored)
+        view(weight).sum().backward()
+        reference = plain.clone().requires_grad_()
+        view(reference).sum().backward()
+        assert type(weight.grad) is torch.Tensor, name
+        assert torch.equal(weight.grad, reference.grad), name
 
 
 @pytest.mark.parametrize(

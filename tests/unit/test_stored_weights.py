@@ -389,3 +389,15 @@ def test_groups_keep_their_own_settings():
     optimizer.step()
     assert equal(bits(p), before[0])
     assert not equal(bits(q), before[1])
+
+
+@pytest.mark.parametrize("in_backward", [False, True])
+def test_parameters_that_come_later_are_refused(in_backward):
+    weight = nn.Parameter(StoredInt8.of(torch.randn(8, 16)))
+    section = OptimSection(in_backward=in_backward, clip_norm=0.0)
+    optimizer = build_optimizer([ParamGroup("rest", [weight])], section)
+    groups = len(optimizer.param_groups)
+    name = "InBackward" if in_backward else "StoredWeightOptimizer"
+    with pytest.raises(NotImplementedError, match=rf"{name}.add_param_group: .* with build_optimizer"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(3))]})
+    assert len(optimizer.param_groups) == groups
