@@ -25,6 +25,7 @@ from qrecipes.data.tokenizers import Tokenizer
 from qrecipes.errors import ConfigError, DataError
 from qrecipes.evaluation.scoring import check_tokens, max_length, require_decoder, score_targets
 from qrecipes.generation import Generator, Sampling
+from qrecipes.models.modes import evaluation_mode
 
 Request = tuple[Any, list[int], list[int]]
 """What lm-eval calls it, tokens of the context, tokens of the continuation."""
@@ -183,12 +184,8 @@ class DecoderLM(TemplateLM):
         flat = [token for tokens in continuations for token in tokens]
         where = torch.tensor(places).T
         given = (inputs, where[0], where[1], torch.tensor(flat))
-        was_training = self._model.training
-        self._model.eval()
-        try:
+        with evaluation_mode(self._model):
             logprobs, likeliest = score_targets(self._model, *(t.to(self._device) for t in given))
-        finally:
-            self._model.train(was_training)
         lengths = [len(tokens) for tokens in continuations]
         return [
             (float(logprob.sum()), bool(greedy.all()))

@@ -26,6 +26,7 @@ from tqdm import tqdm
 from qrecipes.data.tokenizers import Tokenizer
 from qrecipes.errors import ConfigError, DataError, WeightsError
 from qrecipes.evaluation.scoring import check_tokens, max_length, require_decoder, score_targets
+from qrecipes.models.modes import evaluation_mode
 
 _ANCHOR = 16
 """Tokens decoded before a span, so that its first characters are whole and keep their space."""
@@ -196,9 +197,7 @@ def _nats(
     """Minus the sum of log-probabilities of what the windows predict."""
     device = next(model.parameters()).device
     total = torch.zeros((), dtype=torch.float64, device=device)
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluation_mode(model):
         bar = tqdm(total=len(windows), desc="perplexity", unit="block", disable=not progress)
         for first in range(0, len(windows), batch_size):
             group = windows[first : first + batch_size]
@@ -207,8 +206,6 @@ def _nats(
             total -= logprobs.double().sum()
             bar.update(len(group))
         bar.close()
-    finally:
-        model.train(was_training)
     return float(total)
 
 

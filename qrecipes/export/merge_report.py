@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 from qrecipes.data import IGNORE, Batch
 from qrecipes.errors import ExportError
 from qrecipes.export.integer_zeros import has_float_zeros, round_zeros_
+from qrecipes.models.modes import evaluation_mode
 from qrecipes.training.task import forward_batch
 from qrecipes.transforms.base import MergeBounds, named_linears
 from qrecipes.transforms.chain import Chain
@@ -138,24 +139,20 @@ def merge_report(
             "merge report: there is no held-out batch with a target; give the run held-out data"
         )
     sample = held_out[0].head(ROWS, TOKENS).to(home)
-    was_training, bounds = model.training, chain.merge_bounds()
-    model.eval()
-    try:
-        with torch.no_grad():
-            logits = {
-                field.name: _logit_error(model, chain, sample, field.name, bound)
-                for field, bound in zip(fields(MergeBounds), astuple(bounds), strict=True)
-                if field.name in TYPES
-            }
-            merged = chain.finalize(sharing_parameters(model), device).eval()
-            models = [model, merged]
-            if any(has_float_zeros(module) for module in merged.modules()):
-                rounded = sharing_parameters(merged)
-                round_zeros_(rounded)
-                models.append(rounded)
-            targets, found = _held_out(models, held_out, home)
-    finally:
-        model.train(was_training)
+    bounds = chain.merge_bounds()
+    with evaluation_mode(model), torch.no_grad():
+        logits = {
+            field.name: _logit_error(model, chain, sample, field.name, bound)
+            for field, bound in zip(fields(MergeBounds), astuple(bounds), strict=True)
+            if field.name in TYPES
+        }
+        merged = chain.finalize(sharing_parameters(model), device).eval()
+        models = [model, merged]
+        if any(has_float_zeros(module) for module in merged.modules()):
+            rounded = sharing_parameters(merged)
+            round_zeros_(rounded)
+            models.append(rounded)
+        targets, found = _held_out(models, held_out, home)
     before, after = found[:2]
     return MergeReport(
         methods=[transform.name for transform in chain.transforms],

@@ -180,7 +180,11 @@ class CachePlan:
 def _format(quantizer: ActivationQuantizer | None, what: str, fqn: str, bits: KVBits) -> GridFormat:
     if quantizer is None:
         if bits == "model":
-            raise ConfigError(f"kv_bits: 'model', but {fqn} does not quantize its {what}; give 8 or 4")
+            raise ConfigError(
+                f"kv_bits: 'model', but {fqn} does not quantize its {what}; give 8 or 4 (quantizers that a "
+                "transform only inserts are gone from a finished model; kv_bits of a method that trains "
+                "weights stays)"
+            )
         return GridFormat(bits)
     if bits not in ("model", quantizer.bits):
         raise ConfigError(

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from qrecipes.errors import ConfigError
 from qrecipes.models.activation_points import Point, activation_points, check_keys
 from qrecipes.quant.activations import MAX_BITS, MIN_BITS, ZeroPoint, fake_quantize
+from qrecipes.quant.input_linear import QuantInputLinear
 from qrecipes.quant.primitives import sqnr_db
 
 Preset = Literal["a8", "a8kv4", "a4"]
@@ -234,6 +235,14 @@ def remove_activation_quantizers(model: nn.Module, keys: Collection[str] | None 
 def activation_quantizers(model: nn.Module) -> dict[str, ActivationQuantizer]:
     """Every quantizer of a model's activations, by the name of its tensor."""
     return {quantizer.name: quantizer for _, quantizer in _quantizers(model)}
+
+
+def quantized_computation(model: nn.Module) -> str | None:
+    """What of a model computes on quantized activations, in words; None where nothing does."""
+    inputs = sum(isinstance(module, QuantInputLinear) for module in model.modules())
+    keys = sorted({quantizer.key for _, quantizer in _quantizers(model)})
+    found = [f"the inputs of {inputs} layers"] * bool(inputs) + [f"{', '.join(keys)}"] * bool(keys)
+    return " and ".join(found) or None
 
 
 def quantized_modules(model: nn.Module, keys: Collection[str]) -> dict[str, nn.Module]:

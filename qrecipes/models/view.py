@@ -102,7 +102,7 @@ def block_sites(model: nn.Module) -> list[BlockSite]:
     if not stacks:
         raise ConfigError(
             f"model: {type(model).__name__} has no blocks: neither `layers` nor `blocks`, nor any ModuleList "
-            "or Sequential of two or more modules of one class"
+            "or Sequential of two or more modules of one class; give the model one of these"
         )
     return [BlockSite(stack, name, block) for stack in stacks for name, block in stack.named_children()]
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +22,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from qrecipes.errors import ConfigError, ExportError, WeightsError
+from qrecipes.models.activation_quantizers import quantized_computation
 from qrecipes.models.build import build_skeleton, initialize_adapter_magnitudes_
 from qrecipes.models.checkpoint_files import Checkpoint, read_config, some, write_sharded
 from qrecipes.models.families import (
@@ -206,7 +208,8 @@ def save_huggingface(
     the parameters' own; config.json, the source's with its type and tying corrected; and copies of
     generation_config.json and the tokenizer's files. `destination` appears by a rename, complete. `args` are
     the builder's arguments that overrode config.json, if any did, and are written into it. Low-bit layers are
-    written dequantized, all of them in memory at once.
+    written dequantized, all of them in memory at once. No such folder can say that activations are quantized:
+    where the model's are, stderr tells what is lost.
 
     Raises:
         ExportError: if the model is no torchtune decoder of plain layers, does not fit the source's config,
@@ -258,6 +261,13 @@ def save_huggingface(
         partial.rename(destination)
     except (OSError, SafetensorError) as error:
         raise ExportError(f"{destination}: cannot be written: {error}; name another folder") from error
+    lost = quantized_computation(model)
+    if lost is not None:
+        print(
+            f"note: {destination}: the model quantizes {lost}, and what loads a Hugging Face folder does "
+            "not, so that its outputs differ; `qrecipes evaluate` measures both",
+            file=sys.stderr,
+        )
 
 
 def _targets(model: nn.Module) -> dict[str, Tensor]:

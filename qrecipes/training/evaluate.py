@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from qrecipes.data import Batch
+from qrecipes.models.modes import evaluation_mode
 from qrecipes.parallel.process import Process
 from qrecipes.training.task import Task
 
@@ -22,19 +23,14 @@ def evaluate(
     Training state is left as it was, to the bit: mode and random state are put back.
     """
     sums = torch.zeros(3, dtype=torch.float64, device=process.device)
-    was_training = model.training
     devices = [process.device] if process.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
+    with torch.random.fork_rng(devices=devices), evaluation_mode(model):
         torch.manual_seed(0)  # a method that rounds stochastically is judged on one draw, the same each time
-        model.eval()
-        try:
-            for batch in islice(batches, most or None):
-                count = batch.count()
-                loss, correct = task.measure(model, batch.to(process.device))
-                sums[0] += loss
-                sums[1] += correct
-                sums[2] += count
-        finally:
-            model.train(was_training)
+        for batch in islice(batches, most or None):
+            count = batch.count()
+            loss, correct = task.measure(model, batch.to(process.device))
+            sums[0] += loss
+            sums[1] += correct
+            sums[2] += count
     total, hits, counted = process.sum(sums).tolist()
     return task.summarize(total / max(counted, 1), hits / max(counted, 1), int(counted))

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from qrecipes.errors import ConfigError
 from qrecipes.models.activation_points import activation_points
 from qrecipes.models.activation_quantizers import (
     ActivationScheme,
@@ -56,7 +57,10 @@ class ActivationQuantizationConfig(TransformConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.scheme  # noqa: B018 - raises where keys contradict each other
+        try:
+            self.scheme  # noqa: B018 - raises where keys contradict each other
+        except ConfigError as error:
+            raise ConfigError(f"activation_quantization.{error}") from error
 
     @property
     def scheme(self) -> ActivationScheme:

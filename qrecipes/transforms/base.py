@@ -17,7 +17,6 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torchao.core.config import AOBaseConfig
-from torchao.quantization import quantize_
 from torchao.quantization.transform_module import register_quantize_module_handler
 
 from qrecipes.errors import ConfigError
@@ -339,7 +338,7 @@ def register(name: str) -> Callable[[type[Transform]], type[Transform]]:
         cls.name = name
         REGISTRY[name] = cls
         if issubclass(cls, LinearTransform):
-            register_quantize_module_handler(cls.Config)(cls._replace)
+            register_quantize_module_handler(cls.Config)(cls._replace_alone)
         return cls
 
     return decorate
@@ -375,6 +374,16 @@ class LinearTransform(Transform[C]):
         """Raise ConfigError, naming `fqn`, where the method cannot replace a layer that it selects."""
 
     @classmethod
+    def check_alone(cls, config: C) -> None:
+        """Raise ConfigError where torchao's `quantize_`, which gives a method one layer after the other and
+        no names, cannot do what a configuration asks for."""
+
+    @classmethod
+    def _replace_alone(cls, module: nn.Module, config: C) -> nn.Module:
+        cls.check_alone(config)
+        return cls._replace(module, config)
+
+    @classmethod
     def _replace(cls, module: nn.Module, config: TransformConfig) -> nn.Module:
         if type(module) not in cls.kinds:
             kinds = ("nn.Linear" if kind is nn.Linear else kind.__name__ for kind in cls.kinds)
@@ -395,14 +404,18 @@ class LinearTransform(Transform[C]):
         }
 
     def swap(self, model: nn.Module) -> nn.Module:
-        """Replace every site by a `Layer`, through torchao's `quantize_`."""
-        chosen = self.sites(model)
-        for fqn, module in chosen.items():
-            self.check_site(fqn, module)
-        if "" in chosen:  # the model itself is one linear layer
-            return self._replace(model, self.config)
-        quantize_(model, self.config, filter_fn=lambda module, fqn: chosen.get(fqn) is module)
+        """Replace every site by a `Layer`, one after the other: none is kept beyond its replacement."""
+        for fqn in self._checked_sites(model):
+            if not fqn:  # the model itself is one linear layer
+                return self._replace(model, self.config)
+            model.set_submodule(fqn, self._replace(model.get_submodule(fqn), self.config))
         return model
+
+    def _checked_sites(self, model: nn.Module) -> list[str]:
+        sites = self.sites(model)
+        for fqn, module in sites.items():
+            self.check_site(fqn, module)
+        return list(sites)
 
     def layers(self, model: nn.Module) -> dict[str, nn.Module]:
         """Every `Layer` of the model."""

@@ -93,18 +93,12 @@ class Chain:
             ConfigError: if a transform selects no layer.
             ProbeError: if a swapped layer is bit-equal to the original or beyond its method's bounds.
         """
-        before = [
-            (fqn, linear, (linear.out_features, linear.in_features)) for fqn, linear in named_linears(model)
-        ]
-        rows = [
-            LayerReceipt(fqn, shape, None, None, parameter_bytes(linear), parameter_bytes(linear))
-            for fqn, linear, shape in before
-        ]
+        rows = [_untouched(fqn, linear) for fqn, linear in named_linears(model)]
         by_name = {row.fqn: row for row in rows}
         faults: list[str] = []
         changed: dict[Transform, set[str]] = {}
         for transform in self.transforms:
-            sites = transform.sites(model)
+            sites = list(transform.sites(model))  # names: no layer lives longer than it is needed
             if not sites:
                 raise ConfigError(self._selected_nothing(transform, model))
             if transform.compares_layers:
@@ -115,7 +109,7 @@ class Chain:
             faults += found
             changed[transform] = set(sites) & set(transform.layers(model))
         self._check_kept(model, changed)
-        self._explain(rows, {fqn: linear for fqn, linear, _ in before})
+        self._explain(rows, model)
         self._receipt = Receipt(rows)
         probe.raise_faults(faults)
         self._freeze(model)
@@ -125,19 +119,22 @@ class Chain:
     def _swap_layers(
         transform: Transform,
         model: nn.Module,
-        sites: Mapping[str, nn.Module],
+        sites: Sequence[str],
         rows: Mapping[str, LayerReceipt],
         loss: probe.Loss | None,
         device: torch.device | None,
     ) -> tuple[nn.Module, list[str]]:
         """The model with a transform's layers, each compared with the one before it; and what is wrong."""
-        recordings = probe.record(model, dict(sites), loss) if loss is not None else {}
-        partly = {fqn: transform.reason_in_part(fqn, site) for fqn, site in sites.items()}
+        there = {fqn: model.get_submodule(fqn) for fqn in sites}
+        recordings = probe.record(model, there, loss) if loss is not None else {}
+        partly = {fqn: transform.reason_in_part(fqn, site) for fqn, site in there.items()}
+        low_bit = {fqn for fqn, site in there.items() if isinstance(site, QuantLinear)}
+        there.clear()
         model = transform.swap(model)
         swapped = transform.layers(model)
         owned = {id(p) for group in transform.param_groups(model) for p in group.params}
         faults = []
-        for fqn, site in sites.items():
+        for fqn in sites:
             layer, row = swapped.get(fqn), rows.get(fqn)
             if layer is None:
                 faults.append(f"{fqn}: selected by {transform.name}, but not replaced")
@@ -147,7 +144,7 @@ class Chain:
                 row.partly = partly[fqn]
             if fqn in recordings:
                 allowed = transform.layer_bounds(layer)
-                if isinstance(site, QuantLinear):  # it keeps its integers, and so may keep its products
+                if fqn in low_bit:  # it keeps its integers, and so may keep its products
                     allowed = replace(allowed, may_equal=True)
                 sqnr, found = probe.compare(
                     fqn, transform.name, layer, allowed, recordings[fqn], owned, device
@@ -164,7 +161,7 @@ class Chain:
 
     @staticmethod
     def _swap_tensors(
-        transform: Transform, model: nn.Module, sites: Mapping[str, nn.Module], loss: probe.Loss | None
+        transform: Transform, model: nn.Module, sites: Sequence[str], loss: probe.Loss | None
     ) -> tuple[nn.Module, list[LayerReceipt], list[str]]:
         """The model with a transform that compares no layers; rows of the receipt, and what is wrong."""
         model = transform.swap(model)
@@ -214,14 +211,14 @@ class Chain:
             "transform"
         )
 
-    def _explain(self, rows: list[LayerReceipt], linears: dict[str, nn.Linear | QuantLinear]) -> None:
+    def _explain(self, rows: list[LayerReceipt], model: nn.Module) -> None:
         taken = {kind for t in self.transforms if isinstance(t, LinearTransform) for kind in t.kinds}
         for row in rows:
             if row.method is None:
-                if type(linears[row.fqn]) not in taken | {nn.Linear}:
-                    row.reason = f"{type(linears[row.fqn]).__name__} is no plain nn.Linear"
+                layer = model.get_submodule(row.fqn)
+                if type(layer) not in taken | {nn.Linear}:
+                    row.reason = f"{type(layer).__name__} is no plain nn.Linear"
                 else:
-                    layer = linears[row.fqn]
                     reasons = [t.reason_to_leave(row.fqn, layer) for t in self.transforms]
                     row.reason = "; ".join(dict.fromkeys(r for r in reasons if r)) or "no transform"
 
@@ -328,3 +325,8 @@ class Chain:
         for transform in reversed(self.transforms):
             model = transform.finalize(model, device)
         return model
+
+
+def _untouched(fqn: str, linear: nn.Linear | QuantLinear) -> LayerReceipt:
+    size = parameter_bytes(linear)
+    return LayerReceipt(fqn, (linear.out_features, linear.in_features), None, None, size, size)

@@ -98,6 +98,7 @@ class FullQATLinear(QATLinear):
         Raises:
             ConfigError: if its weights are not finite, or the groups do not divide the input features.
         """
+        config.check_width(layer, "a layer")
         return cls(config, layer, config.start(layer.weight.detach()))
 
     def forward(self, input: Tensor) -> Tensor:

@@ -53,13 +53,15 @@ class LRQATConfig(QATConfig):
     """The product is multiplied by alpha / rank. It counts levels of the grid."""
     storage: Storage = "fixed_point8"
     """What the frozen weight is kept in: a byte of `bits` integer and 8 - `bits` fractional bits (up to 7
-    bits), integers, two to a byte (up to 4 bits), or a floating type (any)."""
+    bits), integers, two to a byte (up to 4 bits), or a floating type (any). Of integers none moves before the
+    product of A and B reaches half a level: with `int4` start by `init = "loftq"`, or take an alpha near the
+    rank and a higher rate; else little but scales trains."""
     adapter_dtype: Literal["float32", "bfloat16"] = "float32"
     """Type that A and B are kept and trained in."""
     init: Literal["zero", "loftq"] = "zero"
     """`zero`: A zero and B uniform, so training starts at the rounded weight. `loftq`: what integers lose of
     the weight starts in A and B, by alternating rounding and SVD; needs storage `int4`, where something is
-    lost."""
+    lost. It is nearer to the weight before A B is rounded with it, and no nearer after."""
 
     @property
     def where(self) -> str:
@@ -71,6 +73,11 @@ class LRQATConfig(QATConfig):
         where = self.where
         if self.rank < 0:
             raise ConfigError(f"{where}.rank: {self.rank} is negative; use 32, or 0 for scales only")
+        if self.rank == 0 and self.scale_lr == 0 and (self.symmetric or self.zero_lr == 0):
+            raise ConfigError(
+                f"{where}.rank: 0 trains scales only, and scale_lr is 0, so nothing would train; set a rank, "
+                "such as 32, or a scale_lr, such as 0.01"
+            )
         if not (math.isfinite(self.alpha) and self.alpha > 0):
             raise ConfigError(f"{where}.alpha: {self.alpha} is not positive; use a number such as 1")
         try:
@@ -128,9 +135,11 @@ class LRQATLinear(QATLinear):
         B is drawn from the global random state.
 
         Raises:
-            ConfigError: if its weights are not finite, the groups do not divide the input features, or it
-            is quantized in another format.
+            ConfigError: if its weights are not finite, the groups do not divide the input features, the rank
+            is more than the layer's, or it is quantized in another format.
         """
+        config.check_width(layer, "a layer")
+        check_rank(config, layer, "a layer")
         rounding = config.rounding(layer.in_features)
         if isinstance(layer, QuantLinear):
             levels, grid, dtype = *_levels_of(layer, config, "a layer"), layer.compute_dtype
@@ -264,6 +273,16 @@ def check_base(layer: QuantLinear, config: LRQATConfig, where: str) -> None:
         )
 
 
+def check_rank(config: LRQATConfig, layer: nn.Linear | QuantLinear, fqn: str) -> None:
+    """Raise ConfigError where the rank is more than a layer's."""
+    most = min(layer.in_features, layer.out_features)
+    if config.rank > most:
+        raise ConfigError(
+            f"lr_qat.rank: {config.rank} is more than {fqn} of {layer.out_features} x {layer.in_features} "
+            f"can have; use at most {most}, or add {fqn!r} to skip"
+        )
+
+
 def _start(
     config: LRQATConfig, layer: nn.Linear | QuantLinear, device: torch.device
 ) -> tuple[Tensor, Tensor] | None:
@@ -324,12 +343,7 @@ class LRQAT(QATTransform):
         super().check_site(fqn, module)
         if isinstance(site, QuantLinear):
             check_base(site, config, fqn)
-        most = min(site.in_features, site.out_features)
-        if config.rank > most:
-            raise ConfigError(
-                f"lr_qat.rank: {config.rank} is more than {fqn} of {site.out_features} x "
-                f"{site.in_features} can have; use at most {most}, or add {fqn!r} to skip"
-            )
+        check_rank(config, site, fqn)
 
     @property
     def merge_differs(self) -> str | None:

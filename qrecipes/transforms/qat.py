@@ -99,7 +99,8 @@ class QATConfig(TransformConfig):
     activation_bits: int | None = None
     """Quantize every layer's input, token by token, to so many bits, 2 to 8; left out: not at all."""
     activation_symmetric: bool = True
-    """Inputs have no zero point; otherwise a rounded one."""
+    """Inputs of linear layers have no zero point; otherwise a rounded one, as all that `kv_bits` quantizes
+    has either way."""
     activation_skip: tuple[str, ...] = ()
     """Layers whose input is left alone, as patterns of names. The released code of LR-QAT quantizes only what
     attention and the gate give, so skips what reads a norm: `["*.q_proj", "*.k_proj", "*.v_proj", "*.w1",
@@ -165,6 +166,14 @@ class QATConfig(TransformConfig):
         """The grid of the weights."""
         return TrainedFormat(bits=self.bits, group_size=self.group_size, symmetric=self.symmetric)
 
+    def check_width(self, layer: nn.Linear | QuantLinear, fqn: str) -> None:
+        """Raise ConfigError where groups do not divide the layer's inputs."""
+        row = "no group_size (one scale a row)"
+        try:
+            self.format.check_width(layer.in_features, f"{self.where}: {fqn}", row)
+        except ValueError as error:
+            raise ConfigError(f"{error}: add it to skip") from error
+
     def start(self, w_NK: Tensor) -> TrainedGrid:
         """The grid that training starts from.
 
@@ -228,10 +237,10 @@ class QATLinear(nn.Module):
         """The integers and the grid of the forward pass, and its quantized input, to stay.
 
         Raises:
-            TrainingError: if a scale has collapsed or is not finite.
+            TrainingError: if a scale has collapsed, or what is rounded is not finite.
         """
         config = self.qat
-        check_scales({"a layer": self})
+        check_mergeable({"a layer": self})
         zero = None if self.zero is None else round_zero(self.zero, config.bits).to(torch.int8)
         grid = AffineGrid(self.effective_scale().detach(), zero=zero)
         layer = QuantLinear.from_integers(
@@ -275,6 +284,27 @@ def check_scales(layers: Mapping[str, QATLinear]) -> None:
             )
 
 
+def check_mergeable(layers: Mapping[str, QATLinear]) -> None:
+    """`check_scales`, and TrainingError where anything else that is rounded is not finite: an integer cannot
+    show it, so that the merged layer would compute with other, finite weights."""
+    check_scales(layers)
+    rounded = {
+        (fqn, name): local(p.detach())
+        for fqn, layer in layers.items()
+        for name, p in layer.named_parameters()
+        if name not in ("scale", "bias") and p.is_floating_point() and not p.is_meta
+    }
+    if not rounded:
+        return
+    finite = torch.stack([torch.isfinite(t).all() for t in rounded.values()]).tolist()
+    for (fqn, name), is_finite in zip(rounded, finite, strict=True):
+        if not is_finite:
+            raise TrainingError(
+                f"{layers[fqn].qat.where}: {name} of {fqn} is not finite, and integers cannot say so; go "
+                "back to an earlier checkpoint, or lower optim.lr"
+            )
+
+
 class QATTransform(LinearTransform[Any]):
     """A method whose `Layer` is a `QATLinear`; `param_groups` are the grid's, to be added to."""
 
@@ -287,11 +317,18 @@ class QATTransform(LinearTransform[Any]):
 
     def check_site(self, fqn: str, module: nn.Module) -> None:
         """Refuse widths that groups do not divide."""
-        site = cast("nn.Linear | QuantLinear", module)
-        try:
-            self.config.format.check_width(site.in_features, f"{self.name}: {fqn}")
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
+        self.config.check_width(cast("nn.Linear | QuantLinear", module), fqn)
+
+    @classmethod
+    def check_alone(cls, config: QATConfig) -> None:
+        """Refuse what needs the names of layers, or attention."""
+        for key, default in (("kv_bits", None), ("activation_skip", ())):
+            if getattr(config, key) != default:
+                raise ConfigError(
+                    f"{config.where}.{key}: {getattr(config, key)!r} is about named parts of a model, and "
+                    "torchao's quantize_ gives a method layers alone; use Chain.from_configs([config])"
+                    f".swap(model), or leave {key} out"
+                )
 
     def swap(self, model: nn.Module) -> nn.Module:
         """As of every method; only here are the names known that `activation_skip` has patterns of.
@@ -365,10 +402,10 @@ class QATTransform(LinearTransform[Any]):
         """As of every method; keys and values stay quantized, as they were in training.
 
         Raises:
-            TrainingError: if a scale has collapsed or is not finite, naming the layer.
+            TrainingError: if a scale has collapsed, or what is rounded is not finite, naming the layer.
         """
         layers = self.layers(model)
-        check_scales({fqn or "the layer": cast(QATLinear, layer) for fqn, layer in layers.items()})
+        check_mergeable({fqn or "the layer": cast(QATLinear, layer) for fqn, layer in layers.items()})
         scheme = self.config.kv_scheme()
         if not layers or scheme is None:
             return super().finalize(model, device)

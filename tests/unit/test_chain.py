@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from dataclasses import dataclass
 
 import pytest
@@ -15,6 +17,7 @@ from qrecipes.export.merge_report import sharing_parameters
 from qrecipes.training.optim import build_optimizer
 from qrecipes.transforms.base import REGISTRY, Bounds, LinearTransform, ParamGroup, TransformConfig, register
 from qrecipes.transforms.chain import Chain
+from qrecipes.transforms.int8_weights import Int8WeightConfig, Int8WeightLinear
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -297,3 +300,21 @@ def test_hooks_reach_every_transform_in_order(monkeypatch):
     chain.after_backward(None)
     expected = [(name, hook) for hook in ("before_step", "after_backward") for name in ("noisy", "owning")]
     assert seen == expected
+
+
+def test_no_layer_lives_beyond_its_replacement(monkeypatch):
+    """A model of frozen low-bit weights is built in the memory of the plain one, not in both."""
+    model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(4)))
+    originals = [weakref.ref(layer.weight) for layer in model]
+    alive = []
+    replace = Int8WeightLinear.from_linear
+
+    def from_linear(linear: nn.Linear, config: Int8WeightConfig) -> Int8WeightLinear:
+        gc.collect()
+        alive.append(sum(weight() is not None for weight in originals))
+        return replace(linear, config)
+
+    monkeypatch.setattr(Int8WeightLinear, "from_linear", from_linear)
+    x = torch.randn(3, 8)
+    Chain.from_configs([Int8WeightConfig()]).swap(model, loss=lambda m: m(x).sum())
+    assert alive == [4, 3, 2, 1]

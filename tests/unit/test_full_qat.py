@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from qrecipes.errors import ConfigError
+from qrecipes.errors import ConfigError, TrainingError
 from qrecipes.quant.input_linear import QuantInputLinear
 from qrecipes.quant.packing import signed_range
 from qrecipes.transforms.chain import Chain
@@ -213,3 +213,12 @@ def test_a_trained_model_merges_to_equal_logits():
 def test_wrong_settings_are_refused(values, message):
     with pytest.raises(ConfigError, match=message):
         FullQATConfig(**values)
+
+
+def test_a_weight_that_is_not_finite_does_not_merge():
+    chain = Chain.from_configs([FullQATConfig()])
+    model = chain.swap(nn.Sequential(nn.Linear(64, 24)))
+    with torch.no_grad():
+        model[0].weight[3, 5] = float("inf")
+    with pytest.raises(TrainingError, match="full_qat: weight of 0 is not finite, and integers cannot"):
+        chain.finalize(model)

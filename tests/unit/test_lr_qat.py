@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
+from torchao.quantization import quantize_
 
 from qrecipes.config.run import ModelSection
 from qrecipes.errors import ConfigError, TrainingError
@@ -478,6 +479,7 @@ def test_a_scale_never_divides_by_less_than_its_floor():
         ({"bits": 1}, "lr_qat.bits: 1; use 2 to 8"),
         ({"group_size": 20}, "lr_qat.group_size: 20 is no multiple of 8"),
         ({"rank": -1}, "lr_qat.rank: -1 is negative"),
+        ({"rank": 0, "scale_lr": 0.0}, "lr_qat.rank: 0 trains scales only, and scale_lr is 0, so nothing"),
         ({"alpha": 0.0}, "lr_qat.alpha: 0.0 is not positive"),
         ({"p": 1.0}, "lr_qat.p: 1.0; use 2 to 5"),
         ({"scale_lr": -1.0}, "lr_qat.scale_lr: -1.0; use a number of at least 0"),
@@ -599,3 +601,38 @@ def test_attention_without_a_hook_is_named_with_a_remedy_that_exists():
     )
     with pytest.raises(ConfigError, match=message):
         swapped(activation_bits=8)
+
+
+@pytest.mark.parametrize("name", ["low_rank_a", "low_rank_b", "zero"])
+def test_what_is_not_finite_does_not_merge_into_finite_integers(name):
+    chain = Chain.from_configs([LRQATConfig(rank=4, symmetric=False)])
+    model = chain.swap(nn.Sequential(nn.Linear(64, 24)))
+    with torch.no_grad():
+        getattr(model[0], name)[1, 0] = math.nan
+    assert not torch.isfinite(model(torch.randn(2, 64))).all()
+    with pytest.raises(
+        TrainingError, match=rf"lr_qat: {name} of 0 is not finite, and integers cannot say so"
+    ):
+        chain.finalize(model)
+    with pytest.raises(TrainingError, match=rf"lr_qat: {name} of a layer is not finite"):
+        model[0].merged()
+
+
+def test_torchao_quantize_checks_what_it_can_and_refuses_what_needs_names():
+    def network() -> nn.Module:
+        return nn.Sequential(nn.Linear(48, 16), nn.Linear(16, 100))
+
+    model = network()
+    quantize_(model, LRQATConfig(rank=4))
+    assert [type(layer) for layer in model] == [LRQATLinear, LRQATLinear]
+    for config, message in (
+        (LRQATConfig(kv_bits=4), r"lr_qat.kv_bits: 4 is about named parts .* use Chain.from_configs"),
+        (
+            LRQATConfig(activation_bits=8, activation_skip=("*",)),
+            r"lr_qat.activation_skip: .* is about named parts",
+        ),
+        (LRQATConfig(rank=32), r"lr_qat.rank: 32 is more than a layer of 16 x 48 can have; use at most 16"),
+        (LRQATConfig(rank=4, group_size=32), r"lr_qat: a layer: group_size 32 does not divide 48 .* skip"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            quantize_(network(), config)

@@ -20,6 +20,8 @@ from qrecipes.models.weights import (
     save_huggingface,
     state_dict_to_huggingface,
 )
+from qrecipes.transforms.chain import Chain
+from qrecipes.transforms.lr_qat import LRQATConfig
 
 STORIES = {
     "vocab_size": 512,
@@ -196,6 +198,25 @@ def test_tied_checkpoint_fills_both_ends_of_an_untied_model(tmp_path):
     torch.testing.assert_close(
         transformers_logits(tmp_path, tokens), logits(model, tokens), rtol=1e-4, atol=1e-4
     )
+
+
+@pytest.mark.parametrize(
+    ("config", "lost"),
+    [
+        (
+            LRQATConfig(rank=4, activation_bits=8, kv_bits=4),
+            "the inputs of 35 layers and k, ke, qe, v, and what",
+        ),
+        (LRQATConfig(rank=4), None),
+    ],
+    ids=["W4A8KV4", "W4"],
+)
+def test_a_folder_that_cannot_say_what_is_quantized_comes_with_a_note(tmp_path, capsys, config, lost):
+    chain = Chain.from_configs([config])
+    model = chain.finalize(chain.swap(loaded("asset:stories260k", tie_word_embeddings=False)))
+    save_huggingface(model, assets.resolve("asset:stories260k"), tmp_path)
+    found = capsys.readouterr().err
+    assert (f"{tmp_path}: the model quantizes {lost}" in found) if lost else "quantizes" not in found
 
 
 def test_untied_checkpoint_is_refused_by_a_tied_model(stories):
