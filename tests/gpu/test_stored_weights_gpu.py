@@ -12,6 +12,7 @@ from qrecipes.config.run import OptimSection
 from qrecipes.quant.stored_int8 import StoredInt8
 from qrecipes.training.optim import OPTIMIZERS, build_optimizer
 from qrecipes.transforms.base import ParamGroup
+from qrecipes.transforms.int8_weights import Int8WeightConfig, Int8WeightLinear
 
 pytestmark = [
     pytest.mark.gpu,
@@ -85,3 +86,28 @@ def test_a_step_holds_little_more_than_its_bucket_and_leaves_nothing():
     assert torch.cuda.max_memory_allocated() - before <= 32 * weights
     states = 8 * weights * (1 + 2 + 4)
     assert before <= states * 1.05 + (64 << 20)  # weights, gradients and moments: 7 bytes a weight
+
+
+@pytest.mark.parametrize("group_size", [None, 64])
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("tokens", [3, 300])
+def test_a_layer_multiplies_the_weight_that_is_stored(group_size, compile, tokens):
+    """Forward and backward, by kernels that dequantize: few tokens inside the product."""
+    linear = nn.Linear(512, 384, dtype=torch.bfloat16, device="cuda")
+    layer = Int8WeightLinear.from_linear(linear, Int8WeightConfig(group_size=group_size))
+    if compile:
+        layer.compile(fullgraph=True)
+    x = torch.randn(tokens, 512, dtype=torch.bfloat16, device="cuda", requires_grad=True)
+    grad = torch.randn(tokens, 384, dtype=torch.bfloat16, device="cuda")
+    y = layer(x)
+    y.backward(grad)
+    weight = layer.weight.dequantize().bfloat16().double()
+    expected = {
+        "output": (y, x.double() @ weight.t() + linear.bias.double()),
+        "grad_input": (x.grad, grad.double() @ weight),
+        "grad_weight": (layer.weight.grad, grad.double().t() @ x.double()),
+    }
+    for name, (found, exact) in expected.items():
+        # bfloat16 rounds a result by 2**-9 of it at most
+        error = (found.double() - exact).abs().max() / exact.abs().max()
+        assert error < 2**-8, (name, float(error))
