@@ -116,6 +116,9 @@ def train(run: Run, process: Process) -> int:
 
     signal = 0
     if process.device.type == "cuda":
+        if process.is_main:  # metrics count from here
+            built = torch.cuda.max_memory_allocated(process.device) / 1e9
+            print(f"building took {built:.1f} GB of GPU memory at most", file=sys.stderr)
         torch.cuda.reset_peak_memory_stats(process.device)
     with Log(run, process, first_step, flops) as log, Interruption(process) as interruption:
 
