@@ -241,7 +241,11 @@ def quantized_computation(model: nn.Module) -> str | None:
     """What of a model computes on quantized activations, in words; None where nothing does."""
     inputs = sum(isinstance(module, QuantInputLinear) for module in model.modules())
     keys = sorted({quantizer.key for _, quantizer in _quantizers(model)})
-    found = [f"the inputs of {inputs} layers"] * bool(inputs) + [f"{', '.join(keys)}"] * bool(keys)
+    found = []
+    if inputs:
+        found.append(f"the inputs of {inputs} layers")
+    if keys:
+        found.append(", ".join(keys))
     return " and ".join(found) or None
 
 

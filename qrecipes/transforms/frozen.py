@@ -244,6 +244,10 @@ def in_format(layer: QuantLinear, format: WeightFormat, where: str) -> QuantLine
     )
 
 
+NO_GROUPS = "no group_size (one scale a row)"
+"""How `check_width` is told of methods that take a whole row where `group_size` is left out."""
+
+
 def check_width(format: WeightFormat, in_features: int, where: str, row: str = "") -> None:
     """Raise ConfigError, naming `where`, if the format's groups do not divide a row; `row` as of
     `AffineFormat.check_width`."""

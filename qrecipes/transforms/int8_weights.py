@@ -32,7 +32,7 @@ from qrecipes.quant.int8_quantize import quantize_rows
 from qrecipes.quant.primitives import as_matrix, bias_gradient
 from qrecipes.quant.stored_int8 import DTYPES, StoredInt8, dequantize_groups, plain_parts
 from qrecipes.transforms.base import Bounds, LinearTransform, TransformConfig, register
-from qrecipes.transforms.frozen import check_width
+from qrecipes.transforms.frozen import NO_GROUPS, check_width
 from qrecipes.transforms.int8_devices import check_int8_device
 
 if TYPE_CHECKING:
@@ -319,5 +319,4 @@ def _check_linear(linear: nn.Linear, config: Int8WeightConfig, name: str) -> Non
             "float32; use one of these as model.dtype"
         )
     if config.group_size is not None:
-        row = "no group_size (one scale a row)"
-        check_width(config.format(), linear.in_features, f"int8_weights: {name}", row)
+        check_width(config.format(), linear.in_features, f"int8_weights: {name}", NO_GROUPS)

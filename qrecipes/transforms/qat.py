@@ -52,6 +52,7 @@ from qrecipes.transforms.base import (
     StepContext,
     TransformConfig,
 )
+from qrecipes.transforms.frozen import NO_GROUPS, check_width
 
 CHECK_EVERY = 100
 """Optimizer steps between looks at all scales, which wait for the device."""
@@ -168,11 +169,7 @@ class QATConfig(TransformConfig):
 
     def check_width(self, layer: nn.Linear | QuantLinear, fqn: str) -> None:
         """Raise ConfigError where groups do not divide the layer's inputs."""
-        row = "no group_size (one scale a row)"
-        try:
-            self.format.check_width(layer.in_features, f"{self.where}: {fqn}", row)
-        except ValueError as error:
-            raise ConfigError(f"{error}: add it to skip") from error
+        check_width(self.format, layer.in_features, f"{self.where}: {fqn}", NO_GROUPS)
 
     def start(self, w_NK: Tensor) -> TrainedGrid:
         """The grid that training starts from.
